@@ -1,0 +1,1 @@
+//! Buffer sharing across virtual machines: the daemon's library.
