@@ -1,1 +1,3 @@
 //! Buffer sharing across virtual machines: the daemon's library.
+pub mod ioctl;
+pub mod protocol;

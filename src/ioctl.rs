@@ -1,0 +1,236 @@
+//! The one file with `unsafe`: ioctls of /dev/udmabuf and dma-bufs, memory mappings, inherited fds.
+//!
+//! It knows kernel ABIs, not buffers or VMs. Every wrapper is safe to call with any argument: the
+//! worst outcome is an `Err` with the kernel's errno.
+#![allow(unsafe_code)]
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+use vm_memory::VolatileSlice;
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
+const fn ioc(dir: u32, kind: u8, nr: u32, size: usize) -> u32 {
+    dir << 30 | (size as u32) << 16 | (kind as u32) << 8 | nr
+}
+
+/// `_IOW(kind, nr, size)` of `include/uapi/asm-generic/ioctl.h`.
+pub const fn iow(kind: u8, nr: u32, size: usize) -> u32 {
+    ioc(1, kind, nr, size)
+}
+
+/// `_IOR(kind, nr, size)`.
+pub const fn ior(kind: u8, nr: u32, size: usize) -> u32 {
+    ioc(2, kind, nr, size)
+}
+
+/// `_IOWR(kind, nr, size)`.
+pub const fn iowr(kind: u8, nr: u32, size: usize) -> u32 {
+    ioc(3, kind, nr, size)
+}
+
+fn call(fd: BorrowedFd<'_>, request: u32, arg: *mut libc::c_void) -> io::Result<libc::c_int> {
+    loop {
+        // SAFETY: `fd` is open; every caller passes an argument that lives through the call and is
+        // at least as large as the size that `request` encodes or the ABI states.
+        let ret = unsafe { libc::ioctl(fd.as_raw_fd(), request as libc::Ioctl, arg) };
+        if ret >= 0 {
+            return Ok(ret);
+        }
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
+    }
+}
+
+/// Calls an ioctl whose argument is a flat structure that the kernel reads and may write.
+///
+/// `T` must hold no pointers that the kernel follows. EINVAL where the size that `request` encodes
+/// is not that of `T`.
+pub fn ioctl_flat<T>(fd: BorrowedFd<'_>, request: u32, arg: &mut T) -> io::Result<libc::c_int>
+where
+    T: FromBytes + IntoBytes + Immutable,
+{
+    if (request >> 16) & 0x3fff != size_of::<T>() as u32 {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    call(fd, request, std::ptr::from_mut(arg).cast())
+}
+
+/// One entry of `struct udmabuf_create_list` (`include/uapi/linux/udmabuf.h`).
+#[derive(Debug, Clone, Copy)]
+pub struct UdmabufItem<'a> {
+    /// A memfd with F_SEAL_SHRINK.
+    pub memfd: BorrowedFd<'a>,
+    /// Bytes into the memfd, page-aligned.
+    pub offset: u64,
+    /// Bytes, page-aligned.
+    pub size: u64,
+}
+
+/// UDMABUF_CREATE_LIST: a dma-buf (close-on-exec) of exactly the listed pages.
+pub fn udmabuf_create(device: BorrowedFd<'_>, items: &[UdmabufItem<'_>]) -> io::Result<OwnedFd> {
+    const FLAGS_CLOEXEC: u64 = 1;
+    let count = u32::try_from(items.len()).map_err(io::Error::other)?;
+    let mut list: Vec<u64> = Vec::with_capacity(1 + items.len() * 3);
+    list.push(u64::from_ne_bytes(pair(FLAGS_CLOEXEC as u32, count)));
+    for item in items {
+        list.push(u64::from_ne_bytes(pair(item.memfd.as_raw_fd() as u32, 0)));
+        list.push(item.offset);
+        list.push(item.size);
+    }
+    let fd = call(device, iow(b'u', 0x43, 8), list.as_mut_ptr().cast())?;
+    // SAFETY: the ioctl returned a new descriptor that nobody else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn pair(first: u32, second: u32) -> [u8; 8] {
+    let mut bytes = [0; 8];
+    bytes[..4].copy_from_slice(&first.to_ne_bytes());
+    bytes[4..].copy_from_slice(&second.to_ne_bytes());
+    bytes
+}
+
+/// Direction of DMA_BUF_IOCTL_SYNC.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub struct DmaBufSync {
+    pub end: bool,
+    pub read: bool,
+    pub write: bool,
+}
+
+/// DMA_BUF_IOCTL_SYNC: brackets CPU access to a mapped dma-buf.
+pub fn dma_buf_sync(fd: BorrowedFd<'_>, sync: DmaBufSync) -> io::Result<()> {
+    let mut flags = u64::from(sync.read) | u64::from(sync.write) << 1 | u64::from(sync.end) << 2;
+    call(fd, iow(b'b', 0, 8), std::ptr::from_mut(&mut flags).cast()).map(drop)
+}
+
+/// DMA_BUF_SET_NAME_B: the name that debugfs and fdinfo show; at most 31 bytes.
+pub fn dma_buf_set_name(fd: BorrowedFd<'_>, name: &std::ffi::CStr) -> io::Result<()> {
+    call(fd, iow(b'b', 1, 8), name.as_ptr().cast_mut().cast()).map(drop)
+}
+
+/// Takes over a descriptor that this process inherited at start-up (`fd=N`).
+///
+/// Call it once per number, before threads or other descriptors exist. EBADF where it is not open.
+pub fn inherit_fd(number: i32) -> io::Result<OwnedFd> {
+    // SAFETY: F_GETFD takes no pointer; a number that is not open answers EBADF.
+    if unsafe { libc::fcntl(number, libc::F_GETFD) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: it is open, and start-up calls this once per number, so that nobody else owns it.
+    let fd = unsafe { OwnedFd::from_raw_fd(number) };
+    rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC)?;
+    Ok(fd)
+}
+
+/// A shared mapping of a descriptor that others may write at any time.
+#[derive(Debug)]
+pub struct Mapping {
+    start: *mut u8,
+    len: usize,
+}
+
+// SAFETY: the mapping belongs to the value, is unmapped once by drop, and is reached by volatile
+// copies only.
+unsafe impl Send for Mapping {}
+// SAFETY: as above; concurrent copies are what shared memory is for.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    /// Maps `len` bytes of `fd` from its start, MAP_SHARED.
+    pub fn new(fd: impl AsFd, len: usize, writable: bool) -> io::Result<Self> {
+        use rustix::mm::{MapFlags, ProtFlags, mmap};
+        let mut prot = ProtFlags::READ;
+        if writable {
+            prot |= ProtFlags::WRITE;
+        }
+        // SAFETY: a fresh mapping at an address of the kernel's choice touches no memory of ours.
+        let start = unsafe { mmap(std::ptr::null_mut(), len, prot, MapFlags::SHARED, fd, 0) }?;
+        Ok(Mapping { start: start.cast(), len })
+    }
+
+    /// Bytes mapped.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether it holds no byte.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    fn slice(&self) -> VolatileSlice<'_> {
+        // SAFETY: `start..start + len` stays mapped as long as `self` lives.
+        unsafe { VolatileSlice::new(self.start, self.len) }
+    }
+
+    /// Copies out from byte `offset`; ERANGE where the range is outside the mapping.
+    pub fn read_at(&self, offset: usize, buf: &mut [u8]) -> io::Result<()> {
+        let part = self.slice().subslice(offset, buf.len()).map_err(out_of_range)?;
+        part.copy_to(buf);
+        Ok(())
+    }
+
+    /// Copies in at byte `offset`; ERANGE where the range is outside the mapping.
+    ///
+    /// The mapping must have been made writable, else the process gets SIGSEGV, as with any
+    /// read-only mapping; no memory is harmed.
+    pub fn write_at(&self, offset: usize, buf: &[u8]) -> io::Result<()> {
+        let part = self.slice().subslice(offset, buf.len()).map_err(out_of_range)?;
+        part.copy_from(buf);
+        Ok(())
+    }
+}
+
+fn out_of_range(error: vm_memory::VolatileMemoryError) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidInput, error)
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: mapped by `new` with this length; no slice outlives `self`.
+        if let Err(error) = unsafe { rustix::mm::munmap(self.start.cast(), self.len) } {
+            log::error!("munmap of {} bytes failed: {error}", self.len);
+        }
+    }
+}
+
+/// A kick-able eventfd as a `File`, for wake-ups between threads.
+pub fn eventfd() -> io::Result<File> {
+    use rustix::event::{EventfdFlags, eventfd};
+    Ok(File::from(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mapping_is_bounded() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(4096).unwrap();
+        let map = Mapping::new(&file, 4096, true).unwrap();
+        map.write_at(4092, &[1, 2, 3, 4]).unwrap();
+        let mut back = [0; 4];
+        map.read_at(4092, &mut back).unwrap();
+        assert_eq!(back, [1, 2, 3, 4]);
+        assert!(map.write_at(4093, &back).is_err());
+        assert!(map.read_at(usize::MAX, &mut back).is_err());
+    }
+
+    #[test]
+    fn wrong_argument_size_is_refused() {
+        let file = tempfile::tempfile().unwrap();
+        let error = ioctl_flat(file.as_fd(), iowr(b'u', 1, 4), &mut 0u64).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EINVAL));
+    }
+
+    #[test]
+    fn inheriting_a_closed_fd_is_an_error() {
+        assert_eq!(inherit_fd(1_000_000).unwrap_err().raw_os_error(), Some(libc::EBADF));
+    }
+}
