@@ -192,7 +192,7 @@ macro_rules! wire_struct {
     };
 }
 #[allow(unused_imports, reason = "shared with the host socket's wire file")]
-pub(crate) use wire_struct;
+pub(crate) use {wire_enum, wire_struct};
 
 wire_struct! {
     /// Configuration space, read-only for the driver.
