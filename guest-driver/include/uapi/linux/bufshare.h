@@ -1,0 +1,303 @@
+/* SPDX-License-Identifier: ((GPL-2.0 WITH Linux-syscall-note) OR BSD-3-Clause) */
+/*
+ * User interface of /dev/bufshareN: share a buffer of this guest with the host and with other
+ * virtual machines. Integers are native-endian. Every structure has a fixed size; a flag that is
+ * not listed here and a reserved field that is not 0 are refused with EINVAL.
+ *
+ * A handle belongs to the open file that exported it: nobody else can use it, and closing the file
+ * releases it. An open file belongs to one session of the device: after the device was removed or
+ * the guest was suspended it answers ENODEV, and the file is to be opened again.
+ *
+ * Errors beyond the usual ones: EOWNERDEAD revoked; ECANCELED released while waiting; EIO the
+ * device does not answer, and nothing will work until it is probed again.
+ */
+#ifndef _UAPI_LINUX_BUFSHARE_H
+#define _UAPI_LINUX_BUFSHARE_H
+
+#include <linux/ioctl.h>
+#include <linux/types.h>
+
+#define BUFSHARE_PEER_HOST 1u
+#define BUFSHARE_PEER_ANY 0xffffffffu
+
+#define BUFSHARE_ACCESS_READ (1u << 0)
+#define BUFSHARE_ACCESS_WRITE (1u << 1)
+
+#define BUFSHARE_MODE_ZERO_COPY 1u /* consumers see the exporter's own pages */
+#define BUFSHARE_MODE_COPY 2u /* the device copies on SYNC */
+
+#define BUFSHARE_INFO_F_ALIVE (1u << 0) /* clear: the device does not answer any more */
+#define BUFSHARE_LINGERING_UNKNOWN 0xffffffffu
+
+/**
+ * struct bufshare_info - BUFSHARE_IOC_INFO: the device and its limits
+ * @flags: BUFSHARE_INFO_F_*
+ * @peer_id: this endpoint
+ * @epoch: changes when the device lost its session state
+ * @lingering: exports of earlier sessions that somebody still uses
+ * @granule: bytes; sizes and offsets in a pool are multiples of it
+ * @max_segments: pieces of physically contiguous memory in one export
+ * @max_buffer_size: bytes
+ * @max_total_size: bytes exported at once
+ * @max_exports: exports at once
+ * @max_metadata: bytes
+ * @max_wait_ms: upper bound of a wait in BUFSHARE_IOC_SYNC
+ * @max_waits: waits at once
+ * @features: the negotiated feature bits of the device
+ * @quarantined: exports of this module whose memory is not back yet and that no open file owns
+ * @reserved: 0
+ */
+struct bufshare_info {
+	__u32 flags;
+	__u32 peer_id;
+	__u32 epoch;
+	__u32 lingering;
+	__u32 granule;
+	__u32 max_segments;
+	__u64 max_buffer_size;
+	__u64 max_total_size;
+	__u32 max_exports;
+	__u32 max_metadata;
+	__u32 max_wait_ms;
+	__u32 max_waits;
+	__u64 features;
+	__u32 quarantined;
+	__u32 reserved[5];
+};
+
+/**
+ * struct bufshare_alloc - BUFSHARE_IOC_ALLOC: zeroed memory that is easy to export
+ * @size: bytes; in: what is needed, out: rounded up to the granule
+ * @flags: 0
+ * @fd: out: a dma-buf, close-on-exec
+ * @reserved: 0
+ */
+struct bufshare_alloc {
+	__u64 size;
+	__u32 flags;
+	__s32 fd;
+	__u64 reserved[2];
+};
+
+#define BUFSHARE_EXPORT_F_ZERO_COPY (1u << 0) /* fail with EFAULT rather than copy */
+#define BUFSHARE_EXPORT_F_PART (1u << 1) /* an image of a pool; see @pool */
+
+#define BUFSHARE_METADATA_NONE 0u
+#define BUFSHARE_METADATA_IMAGE 1u /* struct virtio_bufshare_image, little-endian */
+
+/**
+ * struct bufshare_export - BUFSHARE_IOC_EXPORT: offer a buffer
+ * @fd: a dma-buf of this guest, from BUFSHARE_IOC_ALLOC or of another driver; -1 with F_PART
+ * @flags: BUFSHARE_EXPORT_F_*
+ * @access: BUFSHARE_ACCESS_*: the most that any peer can be granted
+ * @mode: out: BUFSHARE_MODE_* as host consumers will see it
+ * @pool: with F_PART: handle of the export that the part lies in; else 0
+ * @offset: with F_PART: bytes from the start of the pool; else 0
+ * @size: with F_PART: bytes; else 0 for all of the dma-buf, or exactly its size
+ * @metadata: address of the metadata, or 0
+ * @metadata_len: bytes
+ * @metadata_type: BUFSHARE_METADATA_*, or 0x80000000 and more: private to the users
+ * @name: UTF-8, NUL padded; for people
+ * @handle: out: for the other requests
+ * @uuid: out: names the buffer on the whole host
+ * @reserved: 0
+ *
+ * Until the export is released and everybody has let go, the memory must not be used for anything
+ * else; the driver keeps a reference to the dma-buf.
+ */
+struct bufshare_export {
+	__s32 fd;
+	__u32 flags;
+	__u32 access;
+	__u32 mode;
+	__u64 pool;
+	__u64 offset;
+	__u64 size;
+	__u64 metadata;
+	__u32 metadata_len;
+	__u32 metadata_type;
+	__u8 name[32];
+	__u64 handle;
+	__u8 uuid[16];
+	__u64 reserved[2];
+};
+
+#define BUFSHARE_GRANT_F_ONCE (1u << 0) /* consumed by the first use */
+#define BUFSHARE_GRANT_F_FORCE (1u << 1) /* with access == 0: revoke present users too */
+
+/**
+ * struct bufshare_grant - BUFSHARE_IOC_GRANT: give a peer a right, or take it back
+ * @handle: of the export
+ * @peer_id: BUFSHARE_PEER_HOST, BUFSHARE_PEER_ANY or a number from BUFSHARE_IOC_PEER
+ * @access: BUFSHARE_ACCESS_*; replaces the earlier grant; 0 withdraws it
+ * @lifetime_ms: 0: until withdrawn
+ * @flags: BUFSHARE_GRANT_F_*
+ * @reserved: 0
+ */
+struct bufshare_grant {
+	__u64 handle;
+	__u32 peer_id;
+	__u32 access;
+	__u64 lifetime_ms;
+	__u32 flags;
+	__u32 reserved;
+};
+
+#define BUFSHARE_SYNC_F_END (1u << 0) /* clear: BEGIN */
+#define BUFSHARE_SYNC_F_READ (1u << 1)
+#define BUFSHARE_SYNC_F_WRITE (1u << 2)
+#define BUFSHARE_SYNC_F_NONBLOCK (1u << 3) /* EAGAIN instead of waiting; so does O_NONBLOCK */
+
+/**
+ * struct bufshare_sync - BUFSHARE_IOC_SYNC: bracket an access to the content
+ * @handle: of the export
+ * @offset: bytes
+ * @len: bytes; 0: to the end
+ * @timeout_ns: relative; longer ones are cut to max_wait_ms; then ETIMEDOUT
+ * @flags: BUFSHARE_SYNC_F_*
+ * @reserved: 0
+ * @generation: out: how often the content was declared complete
+ *
+ * BEGIN waits until no other endpoint is in a conflicting bracket. END first waits for the fences
+ * of this guest's own devices on the dma-buf, then declares; END with WRITE advances the generation.
+ * A signal ends either wait with EINTR.
+ */
+struct bufshare_sync {
+	__u64 handle;
+	__u64 offset;
+	__u64 len;
+	__u64 timeout_ns;
+	__u32 flags;
+	__u32 reserved;
+	__u64 generation;
+};
+
+/**
+ * struct bufshare_name - BUFSHARE_IOC_SET_NAME
+ * @handle: of the export
+ * @name: UTF-8, NUL padded; for people
+ */
+struct bufshare_name {
+	__u64 handle;
+	__u8 name[32];
+};
+
+#define BUFSHARE_STATE_EXPORTED 1u
+#define BUFSHARE_STATE_IN_USE 2u
+#define BUFSHARE_STATE_RELEASING 3u
+#define BUFSHARE_STATE_RELEASED 4u
+
+/**
+ * struct bufshare_query - BUFSHARE_IOC_QUERY
+ * @handle: of the export
+ * @state: out: BUFSHARE_STATE_*
+ * @use_count: out: attachments, host leases, and 1 if others on the host hold it
+ * @nr_mappings: out: mappings in other virtual machines
+ * @access: out: as exported
+ * @size: out: bytes
+ * @generation: out: how often the content was declared complete
+ * @uuid: out
+ * @mode: out: BUFSHARE_MODE_*
+ * @reserved: 0
+ */
+struct bufshare_query {
+	__u64 handle;
+	__u32 state;
+	__u32 use_count;
+	__u32 nr_mappings;
+	__u32 access;
+	__u64 size;
+	__u64 generation;
+	__u8 uuid[16];
+	__u32 mode;
+	__u32 reserved;
+};
+
+#define BUFSHARE_RELEASE_F_FORCE (1u << 0) /* void all rights at once */
+
+/**
+ * struct bufshare_release - BUFSHARE_IOC_RELEASE: stop to offer, and get the memory back
+ * @handle: of the export
+ * @flags: BUFSHARE_RELEASE_F_*
+ * @state: out: BUFSHARE_STATE_RELEASED: the memory is back and the handle is gone;
+ *	BUFSHARE_STATE_RELEASING: BUFSHARE_EVENT_RELEASED will tell when it is
+ */
+struct bufshare_release {
+	__u64 handle;
+	__u32 flags;
+	__u32 state;
+};
+
+#define BUFSHARE_PEER_F_ONLINE (1u << 0)
+#define BUFSHARE_PEER_F_WINDOW (1u << 1) /* can map without copies */
+
+/**
+ * struct bufshare_peer - BUFSHARE_IOC_PEER: who may be granted something
+ * @index: 0 to nr_peers - 1; past the end: ENOENT
+ * @nr_peers: out
+ * @peer_id: out
+ * @flags: out: BUFSHARE_PEER_F_*
+ * @epoch: out: changes when the peer lost its session state
+ * @reserved: 0
+ * @name: out: UTF-8, NUL padded: the operator's name for it
+ */
+struct bufshare_peer {
+	__u32 index;
+	__u32 nr_peers;
+	__u32 peer_id;
+	__u32 flags;
+	__u32 epoch;
+	__u32 reserved;
+	__u8 name[64];
+};
+
+#define BUFSHARE_IOC_MAGIC 0xbd
+#define BUFSHARE_IOC_INFO _IOR(BUFSHARE_IOC_MAGIC, 0x00, struct bufshare_info)
+#define BUFSHARE_IOC_ALLOC _IOWR(BUFSHARE_IOC_MAGIC, 0x01, struct bufshare_alloc)
+#define BUFSHARE_IOC_EXPORT _IOWR(BUFSHARE_IOC_MAGIC, 0x02, struct bufshare_export)
+#define BUFSHARE_IOC_GRANT _IOW(BUFSHARE_IOC_MAGIC, 0x03, struct bufshare_grant)
+#define BUFSHARE_IOC_SYNC _IOWR(BUFSHARE_IOC_MAGIC, 0x04, struct bufshare_sync)
+#define BUFSHARE_IOC_SET_NAME _IOW(BUFSHARE_IOC_MAGIC, 0x05, struct bufshare_name)
+#define BUFSHARE_IOC_QUERY _IOWR(BUFSHARE_IOC_MAGIC, 0x06, struct bufshare_query)
+#define BUFSHARE_IOC_RELEASE _IOWR(BUFSHARE_IOC_MAGIC, 0x07, struct bufshare_release)
+#define BUFSHARE_IOC_PEER _IOWR(BUFSHARE_IOC_MAGIC, 0x08, struct bufshare_peer)
+
+#define BUFSHARE_EVENT_RELEASED 0x1000u /* the memory is back: the last event of a handle */
+#define BUFSHARE_EVENT_IDLE 0x1001u /* nobody uses it any more; still exported */
+#define BUFSHARE_EVENT_BUSY 0x1002u /* somebody uses it */
+#define BUFSHARE_EVENT_CHANGED 0x1103u /* the generation advanced; only the latest is told */
+#define BUFSHARE_EVENT_PEER 0x1200u /* a peer came, went or changed epoch */
+#define BUFSHARE_EVENT_RESYNC 0x12ffu /* something was missed: BUFSHARE_IOC_INFO and QUERY again */
+
+/**
+ * struct bufshare_event - what read() returns, as many as fit
+ * @type: BUFSHARE_EVENT_*
+ * @flags: ignore
+ * @status: 0, or the reason: enum virtio_bufshare_status
+ * @handle: of the export; 0 for PEER and RESYNC
+ * @uuid: of the buffer
+ * @peer_id: who caused it
+ * @access: BUFSHARE_ACCESS_*
+ * @size: bytes
+ * @generation: how often the content was declared complete
+ * @metadata_type: BUFSHARE_METADATA_*
+ * @epoch: of the peer, or of the device
+ *
+ * Events tell states, not histories: of one kind and handle only the latest is kept, so none is
+ * lost however late they are read. Unknown types are to be ignored.
+ */
+struct bufshare_event {
+	__u16 type;
+	__u16 flags;
+	__u32 status;
+	__u64 handle;
+	__u8 uuid[16];
+	__u32 peer_id;
+	__u32 access;
+	__u64 size;
+	__u64 generation;
+	__u32 metadata_type;
+	__u32 epoch;
+};
+
+#endif /* _UAPI_LINUX_BUFSHARE_H */
