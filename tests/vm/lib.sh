@@ -1,0 +1,25 @@
+# Shared by the scripts of the test bed: where things are, how they speak, how they fail. Source it, don't run it.
+# shellcheck shell=bash
+set -euo pipefail
+
+VM_DIR=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+REPO=$(cd "$VM_DIR/../.." && pwd)
+CACHE=${BUFSHARE_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/bufshare}
+ROOTFS=$CACHE/rootfs
+export LC_ALL=C.UTF-8
+
+say() { printf '%s %s\n' "[$(date +%H:%M:%S)]" "$*" >&2; }
+die() { printf 'error: %s\n' "$*" >&2; exit 1; }
+
+# quiet LOG WHAT COMMAND...: runs a command with its output in a log and shows the log's end if it fails.
+quiet() {
+    local log=$1 what=$2
+    shift 2
+    "$@" >"$log" 2>&1 </dev/null && return
+    tail -n 25 "$log" >&2
+    die "$what failed; the whole log is $log"
+}
+
+LINUX=7.2 # the version that User-mode Linux is built from, and the newer of the two guest kernels
+uml_tree() { echo "$CACHE/linux-$LINUX-$1"; }
+debian_kernel() { basename "$(ls -d "$ROOTFS/lib/modules/$1".*)"; }
