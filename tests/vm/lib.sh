@@ -23,3 +23,28 @@ quiet() {
 LINUX=7.2 # the version that User-mode Linux is built from, and the newer of the two guest kernels
 uml_tree() { echo "$CACHE/linux-$LINUX-$1"; }
 debian_kernel() { basename "$(ls -d "$ROOTFS/lib/modules/$1".*)"; }
+
+# guest_image KERNEL PROGRAM: an uncompressed kernel and initramfs (the fastest to boot under emulation) with the module and the
+# guest's program; prints the directory that holds them.
+guest_image() {
+    local kernel=$1 program=$2 ko dir work
+    ko=$("$VM_DIR/module" "$kernel")
+    dir=$CACHE/images/$kernel-$(cat "$ko" "$program" "$VM_DIR/guest-init" | sha256sum | cut -c1-16)
+    if [ ! -e "$dir/initramfs" ]; then
+        mkdir -p "$dir"
+        work=$(mktemp -d)
+        mkdir -p "$work"/{bin,proc,sys,dev,tmp}
+        cp "$ROOTFS/usr/bin/busybox" "$work/bin/"
+        ln -s busybox "$work/bin/sh"
+        cp "$ko" "$work/"
+        cp "$program" "$work/bin/"
+        strip "$work/bin/${program##*/}"
+        install -m 755 "$VM_DIR/guest-init" "$work/init"
+        bash "$CACHE/linux/scripts/extract-vmlinux" "$ROOTFS/boot/vmlinuz-$(debian_kernel "$kernel")" >"$dir/vmlinux" 2>"$dir/log" ||
+            die "no kernel found in vmlinuz of $kernel; see $dir/log"
+        (cd "$work" && find . | cpio --quiet -o -H newc) >"$dir/initramfs.$$"
+        mv "$dir/initramfs.$$" "$dir/initramfs"
+        rm -rf "$work"
+    fi
+    echo "$dir"
+}
