@@ -1,0 +1,159 @@
+//! `bufsharectl`: looks at the buffers that VMs offer to this host.
+//!
+//! It talks to the daemon's host socket and knows nothing else of the daemon. Exit status: 0 done,
+//! 1 another failure, 2 wrong usage, 3 no connection to the daemon, 4 no such buffer, 5 the daemon
+//! refused, 6 the content is no picture that can be read here.
+
+mod dump;
+mod show;
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use bufshare::host::client::{self, Buffer, Client};
+use bufshare::host::image::ImageError;
+use bufshare::protocol::Status;
+use clap::{Parser, Subcommand};
+use thiserror::Error;
+
+/// Looks at the buffers that virtual machines offer to this host.
+#[derive(Debug, Parser)]
+#[command(version, about)]
+struct Args {
+    /// The daemon's host socket.
+    #[arg(long, global = true, value_name = "PATH", env = "BUFSHARE_HOST_SOCKET",
+          default_value = client::DEFAULT_SOCKET)]
+    host_socket: PathBuf,
+    /// JSON on standard output: one document; `watch`: one a line.
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// List the offered buffers.
+    List,
+    /// Tell what comes, changes and goes, until interrupted.
+    Watch {
+        /// Only this buffer.
+        #[arg(value_name = "UUID|NAME")]
+        buffer: Option<String>,
+    },
+    /// Show everything about one buffer, and who holds it.
+    Info {
+        #[arg(value_name = "UUID|NAME")]
+        buffer: String,
+    },
+    /// Write the picture in a buffer to a PNG file, its channels as they are.
+    Dump {
+        #[arg(value_name = "UUID|NAME")]
+        buffer: String,
+        /// `-` is standard output.
+        #[arg(short, long, value_name = "FILE.png")]
+        output: PathBuf,
+        /// How long to wait for whoever writes to it.
+        #[arg(long, value_name = "MS", default_value_t = 5000)]
+        timeout_ms: u64,
+    },
+    /// Show the daemon's counters.
+    Stats,
+}
+
+/// Why the command failed.
+#[derive(Debug, Error)]
+enum Failure {
+    #[error(transparent)]
+    Client(#[from] client::Error),
+    #[error("no buffer {0:?} is offered to the host; `bufsharectl list` shows those that are")]
+    NoBuffer(String),
+    #[error("cannot read the picture in {name:?}: {source}")]
+    Image { name: String, source: ImageError },
+    #[error("cannot {what}")]
+    Io { what: String, source: io::Error },
+    #[error("cannot write {file}")]
+    Png { file: String, source: png::EncodingError },
+}
+
+impl Failure {
+    fn exit_status(&self) -> u8 {
+        match self {
+            Failure::Client(client::Error::Refused { status: Status::NoEnt, .. }) => 4,
+            Failure::Client(client::Error::Refused { .. }) => 5,
+            Failure::Client(client::Error::Ambiguous { .. }) | Failure::NoBuffer(_) => 4,
+            Failure::Client(_) => 3,
+            Failure::Image { .. } => 6,
+            Failure::Io { .. } | Failure::Png { .. } => 1,
+        }
+    }
+}
+
+/// The buffer that the user means.
+fn find(client: &mut Client, wanted: &str) -> Result<Buffer, Failure> {
+    client.find(wanted)?.ok_or_else(|| Failure::NoBuffer(wanted.to_owned()))
+}
+
+/// Writes to standard output; `false` where nobody reads it any more.
+fn print(text: &str) -> Result<bool, Failure> {
+    let mut out = io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(false),
+        Err(source) => Err(Failure::Io { what: "write to standard output".to_owned(), source }),
+    }
+}
+
+fn run(args: &Args) -> Result<(), Failure> {
+    let mut client = Client::connect(&args.host_socket, "bufsharectl")?;
+    match &args.command {
+        Command::List => print(&show::list(&mut client, args.json)?).map(drop),
+        Command::Info { buffer } => {
+            let buffer = find(&mut client, buffer)?;
+            let details = client.query(buffer.uuid)?;
+            print(&show::info(&details, args.json)).map(drop)
+        }
+        Command::Stats => print(&show::stats(&client.stats()?, args.json)).map(drop),
+        Command::Watch { buffer } => {
+            let only = match buffer {
+                Some(wanted) => Some(find(&mut client, wanted)?.uuid),
+                None => None,
+            };
+            client.watch(only)?;
+            while let Some(event) = client.next_event(None)? {
+                if !print(&show::event(&event, args.json))? {
+                    break;
+                }
+            }
+            Ok(())
+        }
+        Command::Dump { buffer, output, timeout_ms } => {
+            let buffer = find(&mut client, buffer)?;
+            let timeout = std::time::Duration::from_millis(*timeout_ms);
+            let picture = dump::read(&mut client, &buffer, timeout)?;
+            dump::write(&picture, output)?;
+            if output.as_os_str() == "-" {
+                return Ok(());
+            }
+            print(&show::dumped(&picture, output, args.json)).map(drop)
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    match run(&args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprint!("bufsharectl: {failure}");
+            let mut cause = std::error::Error::source(&failure);
+            while let Some(error) = cause {
+                eprint!(": {error}");
+                cause = error.source();
+            }
+            eprintln!();
+            ExitCode::from(failure.exit_status())
+        }
+    }
+}
