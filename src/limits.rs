@@ -1,0 +1,65 @@
+//! How much: every bound of the daemon, with its unit and reason. What the driver must know of them
+//! stands in the configuration space.
+//!
+//! It knows numbers, not who they are for (that is `policy`) nor what they are spent on.
+
+use std::time::Duration;
+
+/// Alignment of segments and mappings, bytes: the page size of every host that this runs on.
+pub const GRANULE: u64 = 4096;
+/// Descriptors in a ring at most. 1024 is QEMU's own bound for virtio-pci.
+pub const MAX_QUEUE_SIZE: u16 = 1024;
+/// Segments in one request before merging: bounds the copy of a request to about 1 MiB.
+pub const MAX_RAW_SEGMENTS: u32 = 65_536;
+/// Bytes of metadata with a buffer: an IMAGE is 88; the wire allows 4096 at most.
+pub const MAX_METADATA: u32 = 4096;
+/// Bytes of an event buffer: one fixed record.
+pub const EVENT_SIZE: u32 = 64;
+/// Longest wait on the sync queue: beyond this a peer is as good as dead.
+pub const MAX_WAIT: Duration = Duration::from_secs(10);
+/// Pending sync requests of one VM. Leaves room in a ring of 128 for END.
+pub const MAX_WAITS: u32 = 64;
+/// Bytes of one step of a bulk copy: bounds the daemon's buffer.
+pub const COPY_STEP: usize = 1 << 20;
+/// Exports of one VM at once, unless `max-exports=` says otherwise.
+pub const DEFAULT_MAX_EXPORTS: u32 = 4096;
+/// Bytes exported by one VM at once, unless `max-bytes=` says otherwise. Pinned pages are charged
+/// to nobody by the kernel.
+pub const DEFAULT_MAX_TOTAL: u64 = 1 << 30;
+/// First and longest pause between two looks at a dma-buf that somebody unknown still holds.
+pub const OBSERVE_MIN: Duration = Duration::from_millis(1);
+/// See [`OBSERVE_MIN`].
+pub const OBSERVE_MAX: Duration = Duration::from_millis(250);
+/// VMs of one daemon.
+pub const MAX_VMS: usize = 256;
+/// Connections to the host socket at once.
+pub const MAX_CLIENTS: usize = 64;
+/// Leases of one host client at once.
+pub const MAX_LEASES: usize = 16_384;
+/// Pending BEGINs of one host client.
+pub const MAX_CLIENT_WAITS: usize = 64;
+/// Packets waiting for one host client that does not read; its requests wait after that.
+pub const MAX_CLIENT_QUEUE: usize = 64;
+/// Log lines that one VM can cause in a second.
+pub const LOG_LINES_PER_SECOND: u32 = 5;
+
+/// Quotas of one VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Quota {
+    /// Exports at once, those of earlier sessions that are still in use included.
+    pub max_exports: u32,
+    /// Bytes exported at once.
+    pub max_total_size: u64,
+    /// Pending sync requests.
+    pub max_waits: u32,
+}
+
+impl Default for Quota {
+    fn default() -> Self {
+        Quota {
+            max_exports: DEFAULT_MAX_EXPORTS,
+            max_total_size: DEFAULT_MAX_TOTAL,
+            max_waits: MAX_WAITS,
+        }
+    }
+}

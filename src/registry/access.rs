@@ -1,0 +1,339 @@
+//! BEGIN, END and CANCEL of any holder of a buffer (spec "Synchronisation"). Pure.
+//!
+//! It does not know how bytes are copied: between `end` and `finish_copy` somebody else copies them.
+
+use std::time::Duration;
+
+use super::{Buffer, Done, Holder, Notice, Origin, Phase, Registry, Waiter};
+use crate::ids::{Access, BufferKey, ClientId, Cookie, HandleId, LeaseId, SessionId};
+use crate::limits::MAX_WAIT;
+use crate::protocol::{Mode, Status};
+
+/// BEGIN or END of part of a buffer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SyncRequest {
+    /// READ, WRITE or both.
+    pub bits: Access,
+    /// Bytes from the start of the buffer.
+    pub offset: u64,
+    /// Bytes; 0: to the end.
+    pub len: u64,
+    /// AGAIN rather than wait.
+    pub nonblock: bool,
+    /// At most [`MAX_WAIT`] counts.
+    pub timeout: Duration,
+    /// For CANCEL.
+    pub cookie: Cookie,
+}
+
+/// Outcome of BEGIN.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Begun {
+    /// Granted; the content's generation.
+    Now(u64),
+    /// [`Outbox::done`](super::Outbox::done) will tell.
+    Waits,
+}
+
+/// Outcome of END.
+#[derive(Debug)]
+pub enum Ended<H> {
+    /// The content's generation.
+    Now(u64),
+    /// These bytes must be copied first.
+    Copy(CopyTicket, Copy<H>),
+}
+
+/// Bytes to copy between the exporter's pages and the private copy.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Copy<H> {
+    /// Both ends.
+    pub backing: H,
+    /// Bytes from the start of the buffer.
+    pub offset: u64,
+    /// Bytes.
+    pub len: u64,
+    /// From the exporter's pages to the private copy; else back.
+    pub from_exporter: bool,
+}
+
+/// Leave to copy. Give it to [`Registry::finish_copy`], whatever came of it.
+#[must_use = "the pages count as in use until finish_copy"]
+#[derive(Debug)]
+pub struct CopyTicket {
+    key: BufferKey,
+    holder: Holder,
+    writer: Option<ClientId>,
+    bits: Access,
+}
+
+impl<H: Clone> Registry<H> {
+    /// BEGIN of the exporter. Its waits are bounded by its quota and by `ring_room`: BUSY above.
+    pub fn begin_exporter(
+        &mut self,
+        session: SessionId,
+        handle: HandleId,
+        request: SyncRequest,
+        token: u64,
+        ring_room: u32,
+        now: Duration,
+    ) -> Result<Begun, Status> {
+        let key = self.key(session, handle)?;
+        let vm = self.vm(session)?;
+        let full = vm.waits >= vm.quota.max_waits.min(ring_room);
+        let origin = Origin::Vm(session.peer, token);
+        // An exporter reads and writes its own pages at will; `access` bounds its peers.
+        self.begin(key, Holder::Exporter, Access::ALL, request, full, origin, now)
+    }
+
+    /// BEGIN of a lease. `full` says that the client has enough waits: BUSY if this one must wait.
+    pub fn begin_lease(
+        &mut self,
+        client: ClientId,
+        lease: LeaseId,
+        request: SyncRequest,
+        full: bool,
+        now: Duration,
+    ) -> Result<Begun, Status> {
+        let (key, held) = self.lease_of(client, lease)?;
+        let allowed = held.access;
+        let origin = Origin::Client(client, request.cookie);
+        self.begin(key, Holder::Lease(lease), allowed, request, full, origin, now)
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "one private step of the two above")]
+    fn begin(
+        &mut self,
+        key: BufferKey,
+        holder: Holder,
+        allowed: Access,
+        request: SyncRequest,
+        full: bool,
+        origin: Origin,
+        now: Duration,
+    ) -> Result<Begun, Status> {
+        let buffer = self.buffers.get_mut(&key).ok_or(Status::NoEnt)?;
+        check(buffer, allowed, &request)?;
+        if holder == Holder::Exporter && buffer.phase != Phase::Live {
+            return Err(Status::Canceled);
+        }
+        let generation = buffer.generation;
+        if buffer.sync.as_ref().is_none_or(|sync| sync.may_begin(holder, request.bits)) {
+            buffer.sync().begin(holder, request.bits);
+            return Ok(Begun::Now(generation));
+        }
+        if request.nonblock {
+            return Err(Status::Again);
+        }
+        if full {
+            return Err(Status::Busy);
+        }
+        let deadline = now + request.timeout.min(MAX_WAIT);
+        buffer.sync().wait(Waiter {
+            holder,
+            want: request.bits,
+            deadline,
+            cookie: request.cookie,
+            origin,
+        });
+        if let Origin::Vm(peer, _) = origin
+            && let Some(vm) = self.vms.get_mut(&peer)
+        {
+            vm.waits += 1;
+        }
+        self.reschedule(key);
+        Ok(Begun::Waits)
+    }
+
+    /// END of the exporter.
+    pub fn end_exporter(
+        &mut self,
+        session: SessionId,
+        handle: HandleId,
+        request: SyncRequest,
+    ) -> Result<Ended<H>, Status> {
+        let key = self.key(session, handle)?;
+        self.end(key, Holder::Exporter, Access::ALL, request, None)
+    }
+
+    /// END of a lease.
+    pub fn end_access(
+        &mut self,
+        client: ClientId,
+        lease: LeaseId,
+        request: SyncRequest,
+    ) -> Result<Ended<H>, Status> {
+        let (key, held) = self.lease_of(client, lease)?;
+        let allowed = held.access;
+        self.end(key, Holder::Lease(lease), allowed, request, Some(client))
+    }
+
+    fn end(
+        &mut self,
+        key: BufferKey,
+        holder: Holder,
+        allowed: Access,
+        request: SyncRequest,
+        writer: Option<ClientId>,
+    ) -> Result<Ended<H>, Status> {
+        let buffer = self.buffers.get_mut(&key).ok_or(Status::NoEnt)?;
+        let len = check(buffer, allowed, &request)?;
+        let from_exporter = holder == Holder::Exporter;
+        if request.bits.write && buffer.mode == Mode::Copy {
+            // The loan is over: nothing may be written to the exporter's pages any more.
+            if !from_exporter && !matches!(buffer.phase, Phase::Live | Phase::Releasing) {
+                return Err(Status::Revoked);
+            }
+            let backing = buffer.backing.clone().ok_or(Status::Revoked)?;
+            buffer.copies += 1;
+            let ticket = CopyTicket { key, holder, writer, bits: request.bits };
+            return Ok(Ended::Copy(
+                ticket,
+                Copy { backing, offset: request.offset, len, from_exporter },
+            ));
+        }
+        Ok(Ended::Now(self.complete(key, holder, writer, request.bits)))
+    }
+
+    /// Completes an END after its copy; where the copy failed the bits are cleared and the
+    /// generation stays. Returns the generation.
+    pub fn finish_copy(&mut self, ticket: CopyTicket, copied: bool) -> u64 {
+        let CopyTicket { key, holder, writer, bits } = ticket;
+        let generation = if copied {
+            self.complete(key, holder, writer, bits)
+        } else {
+            self.clear(key, holder, bits);
+            self.buffers.get(&key).map_or(0, |buffer| buffer.generation)
+        };
+        if let Some(buffer) = self.buffers.get_mut(&key) {
+            buffer.copies = buffer.copies.saturating_sub(1);
+        }
+        self.settle(key);
+        generation
+    }
+
+    fn complete(
+        &mut self,
+        key: BufferKey,
+        holder: Holder,
+        writer: Option<ClientId>,
+        bits: Access,
+    ) -> u64 {
+        let Some(buffer) = self.buffers.get_mut(&key) else { return 0 };
+        if bits.write {
+            buffer.generation += 1;
+            let (uuid, generation) = (buffer.uuid, buffer.generation);
+            self.outbox.notices.push(Notice::Changed { uuid, generation, writer });
+        }
+        let generation = buffer.generation;
+        self.clear(key, holder, bits);
+        generation
+    }
+
+    /// CANCEL of the exporter: its waits on this handle, or the one that `cookie` names.
+    /// NOENT where nothing waits.
+    pub fn cancel_exporter(
+        &mut self,
+        session: SessionId,
+        handle: HandleId,
+        cookie: Cookie,
+    ) -> Result<(), Status> {
+        let key = self.key(session, handle)?;
+        let named = |waiter: &Waiter| {
+            waiter.holder == Holder::Exporter && (cookie == Cookie(0) || waiter.cookie == cookie)
+        };
+        if self.take_waits(key, named, Status::Canceled) { Ok(()) } else { Err(Status::NoEnt) }
+    }
+
+    /// CANCEL of a client, by the cookie of the request that waits. NOENT where none does.
+    pub fn cancel_client(&mut self, client: ClientId, cookie: Cookie) -> Result<(), Status> {
+        let keys: Vec<BufferKey> = self
+            .clients
+            .get(&client)
+            .into_iter()
+            .flat_map(|leases| leases.values().copied())
+            .collect();
+        let origin = Origin::Client(client, cookie);
+        for key in keys {
+            if self.take_waits(key, |waiter| waiter.origin == origin, Status::Canceled) {
+                return Ok(());
+            }
+        }
+        Err(Status::NoEnt)
+    }
+
+    /// Ends the waits of some holders, and serves those who waited behind them.
+    pub(super) fn cancel_waits(
+        &mut self,
+        key: BufferKey,
+        gone: impl Fn(Holder) -> bool,
+        status: Status,
+    ) {
+        self.take_waits(key, |waiter| gone(waiter.holder), status);
+    }
+
+    pub(super) fn expire_waits(&mut self, key: BufferKey, now: Duration) {
+        self.take_waits(key, |waiter| waiter.deadline <= now, Status::TimedOut);
+    }
+
+    fn take_waits(
+        &mut self,
+        key: BufferKey,
+        gone: impl Fn(&Waiter) -> bool,
+        status: Status,
+    ) -> bool {
+        let Some(buffer) = self.buffers.get_mut(&key) else { return false };
+        let Some(sync) = &mut buffer.sync else { return false };
+        let generation = buffer.generation;
+        let (out, served) = sync.cancel(gone);
+        let any = !out.is_empty();
+        self.done(out, status, generation);
+        self.done(served, Status::Ok, generation);
+        self.reschedule(key);
+        any
+    }
+
+    /// A holder is gone: its bits clear, the generation stays.
+    pub(super) fn clear_bits(&mut self, key: BufferKey, holder: Holder) {
+        self.clear(key, holder, Access::ALL);
+    }
+
+    fn clear(&mut self, key: BufferKey, holder: Holder, bits: Access) {
+        let Some(buffer) = self.buffers.get_mut(&key) else { return };
+        let Some(sync) = &mut buffer.sync else { return };
+        let served = sync.end(holder, bits);
+        if sync.is_idle() {
+            buffer.sync = None;
+        }
+        let generation = buffer.generation;
+        self.done(served, Status::Ok, generation);
+        self.reschedule(key);
+    }
+
+    fn done(&mut self, waiters: Vec<Waiter>, status: Status, generation: u64) {
+        for waiter in waiters {
+            if let Origin::Vm(peer, _) = waiter.origin
+                && let Some(vm) = self.vms.get_mut(&peer)
+            {
+                vm.waits = vm.waits.saturating_sub(1);
+            }
+            self.outbox.done.push(Done { origin: waiter.origin, status, generation });
+        }
+    }
+}
+
+/// Judges a BEGIN or END; returns the bytes that it covers.
+fn check<H>(buffer: &Buffer<H>, allowed: Access, request: &SyncRequest) -> Result<u64, Status> {
+    if request.bits.is_none() {
+        return Err(Status::Inval);
+    }
+    if !allowed.contains(request.bits) {
+        return Err(Status::Access);
+    }
+    let room = buffer.what.size.checked_sub(request.offset).ok_or(Status::Range)?;
+    match request.len {
+        0 => Ok(room),
+        len if len <= room => Ok(len),
+        _ => Err(Status::Range),
+    }
+}

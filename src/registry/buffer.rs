@@ -1,0 +1,179 @@
+//! One buffer: who owns it, who may use it, who does. Pure.
+//!
+//! It knows its own counts, not quotas, rings or clocks' meaning.
+
+use std::time::Duration;
+
+use uuid::Uuid;
+
+use super::sync::SyncState;
+use crate::ids::{Access, BufferKey, ClientId, HandleId, LeaseId, PeerId, SessionId};
+use crate::protocol::{Mode, NAME_LEN};
+
+/// What a buffer is for, as its exporter said.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Description {
+    /// Bytes.
+    pub size: u64,
+    /// The most that anybody can be granted.
+    pub access: Access,
+    /// UTF-8, NUL padded.
+    pub name: [u8; NAME_LEN],
+    /// Wire value.
+    pub metadata_type: u32,
+    /// Bytes as the exporter sent them.
+    pub metadata: Box<[u8]>,
+}
+
+/// An exporter's leave for one peer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Grant {
+    /// For what.
+    pub access: Access,
+    /// Consumed by the first use.
+    pub once: bool,
+    /// End of its life, since the daemon's start.
+    pub expires: Option<Duration>,
+}
+
+/// A host client's use of a buffer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Lease {
+    /// Its number.
+    pub id: LeaseId,
+    /// Whose it is.
+    pub client: ClientId,
+    /// What it may do.
+    pub access: Access,
+    /// Dead, but not yet handed back: only RELEASE works.
+    pub revoked: bool,
+    /// Since the daemon's start.
+    pub since: Duration,
+}
+
+/// Where in its life a buffer is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// Exported.
+    Live,
+    /// RELEASE was sent; RELEASED comes when nobody uses it.
+    Releasing,
+    /// Pages are back; the RELEASED event is not delivered yet.
+    Told,
+    /// The exporter has its pages back (COPY); host clients still hold the private copy.
+    Orphan,
+    /// The session ended; somebody on the host still holds the exporter's pages.
+    Lingering,
+}
+
+/// What is known of descriptors that are neither ours nor explained by a lease.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Foreign {
+    /// None: they can only arise through a lease.
+    None,
+    /// A lease gave the descriptor out: not looked at while a lease lives.
+    Possible,
+    /// Somebody holds one: looked at again after a pause that doubles.
+    Held {
+        /// The next pause.
+        pause: Duration,
+        /// When to look again.
+        next: Duration,
+    },
+}
+
+/// A buffer and everything that the registry knows of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Buffer<H> {
+    pub(super) owner: PeerId,
+    pub(super) session: SessionId,
+    pub(super) handle: HandleId,
+    pub(super) uuid: Uuid,
+    pub(super) what: Description,
+    pub(super) mode: Mode,
+    /// `None` once the memory is given up.
+    pub(super) backing: Option<H>,
+    pub(super) pool: Option<BufferKey>,
+    pub(super) parts: u32,
+    pub(super) grants: Vec<(PeerId, Grant)>,
+    pub(super) leases: Vec<Lease>,
+    pub(super) phase: Phase,
+    pub(super) generation: u64,
+    pub(super) foreign: Foreign,
+    /// References to the memory can be counted (it is a dma-buf).
+    pub(super) observable: bool,
+    /// Copies between the exporter's pages and the private copy that run right now.
+    pub(super) copies: u32,
+    /// The exporter was last told BUSY.
+    pub(super) told_busy: bool,
+    /// In the exporter's queue of events.
+    pub(super) queued: bool,
+    pub(super) sync: Option<Box<SyncState>>,
+    /// Its entry among the deadlines.
+    pub(super) due: Option<Duration>,
+}
+
+impl<H> Buffer<H> {
+    /// Attachments, leases, and 1 if somebody unknown on the host holds it or parts of it live.
+    pub(super) fn use_count(&self) -> u32 {
+        let foreign = match self.foreign {
+            Foreign::None => false,
+            Foreign::Possible => self.leases.is_empty(),
+            Foreign::Held { .. } => true,
+        };
+        let unexplained = foreign || self.parts > 0;
+        u32::try_from(self.leases.len()).unwrap_or(u32::MAX).saturating_add(unexplained.into())
+    }
+
+    /// Whether the exporter's own pages are in use: consumers of a private copy do not count.
+    pub(super) fn pages_in_use(&self) -> bool {
+        match self.mode {
+            Mode::ZeroCopy => self.use_count() > 0,
+            Mode::Copy => self.copies > 0 || self.parts > 0,
+        }
+    }
+
+    /// Whether the memory behind it must stay.
+    pub(super) fn memory_in_use(&self) -> bool {
+        !self.leases.is_empty() || self.copies > 0 || self.may_be_foreign()
+    }
+
+    /// Whether a foreign descriptor may exist, looked at or not.
+    pub(super) fn may_be_foreign(&self) -> bool {
+        self.foreign != Foreign::None
+    }
+
+    /// What `peer` was granted; a grant for the peer itself goes before one for all.
+    pub(super) fn grant(&self, peer: PeerId) -> Option<&Grant> {
+        let find = |who| self.grants.iter().find(|(to, _)| *to == who).map(|(_, grant)| grant);
+        find(peer).or_else(|| find(PeerId::ANY))
+    }
+
+    pub(super) fn lease(&self, id: LeaseId) -> Option<&Lease> {
+        self.leases.iter().find(|lease| lease.id == id)
+    }
+
+    pub(super) fn sync(&mut self) -> &mut SyncState {
+        self.sync.get_or_insert_default()
+    }
+
+    /// When time alone changes something: a wait, a grant, a look at foreign references.
+    pub(super) fn next_due(&self) -> Option<Duration> {
+        let waits = self.sync.iter().flat_map(|sync| sync.waiters()).map(|waiter| waiter.deadline);
+        let grants = self.grants.iter().filter_map(|(_, grant)| grant.expires);
+        let look = match self.foreign {
+            Foreign::Held { next, .. } if self.leases.is_empty() => Some(next),
+            _ => None,
+        };
+        waits.chain(grants).chain(look).min()
+    }
+
+    /// Whether an event waits to be told to the exporter.
+    pub(super) fn has_event(&self) -> bool {
+        match self.phase {
+            Phase::Live => self.told_busy != (self.use_count() > 0),
+            Phase::Told => true,
+            Phase::Releasing | Phase::Orphan | Phase::Lingering => false,
+        }
+    }
+}

@@ -1,0 +1,206 @@
+//! What a host client asks of the registry: list, acquire, release (`spec/host-socket.md`). Pure.
+//!
+//! It does not know sockets, processes or descriptors; a client is a number.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use uuid::Uuid;
+
+use super::{Buffer, Description, Foreign, Holder, Lease, Notice, Registry};
+use crate::ids::{Access, BufferKey, ClientId, LeaseId, PeerId};
+use crate::limits::MAX_LEASES;
+use crate::protocol::{Mode, Status};
+
+/// A buffer as the host sees it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BufferInfo {
+    /// Its UUID.
+    pub uuid: Uuid,
+    /// What it is for.
+    pub what: Description,
+    /// Who exported it.
+    pub exporter: PeerId,
+    /// The operator's name for the exporter.
+    pub exporter_name: String,
+    /// How bytes travel to the host.
+    pub mode: Mode,
+    /// What the host may acquire it for; none where a lease is all that is left.
+    pub access: Access,
+    /// How often its content was declared complete.
+    pub generation: u64,
+    /// Attachments, leases, and 1 if others on the host hold it.
+    pub use_count: u32,
+    /// Its leases.
+    pub leases: Vec<LeaseInfo>,
+}
+
+/// A lease as the host sees it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub struct LeaseInfo {
+    pub lease: LeaseId,
+    pub client: ClientId,
+    pub access: Access,
+    pub revoked: bool,
+    pub since: Duration,
+}
+
+/// Answer to ACQUIRE.
+#[derive(Debug, Clone)]
+pub struct Acquired<H> {
+    /// The client's lease.
+    pub lease: LeaseId,
+    /// Its memory.
+    pub backing: H,
+    /// What it is.
+    pub info: BufferInfo,
+}
+
+impl<H: Clone> Registry<H> {
+    /// Every buffer that the host may acquire or holds a lease of.
+    pub fn host_list(&self) -> Vec<BufferInfo> {
+        let mut list: Vec<_> = self
+            .buffers
+            .iter()
+            .filter(|(key, buffer)| !buffer.leases.is_empty() || !self.host_access(**key).is_none())
+            .map(|(key, buffer)| (*key, self.info_of(*key, buffer)))
+            .collect();
+        list.sort_by_key(|(key, _)| *key);
+        list.into_iter().map(|(_, info)| info).collect()
+    }
+
+    /// One of [`host_list`](Self::host_list).
+    pub fn host_info(&self, uuid: Uuid) -> Option<BufferInfo> {
+        let key = *self.by_uuid.get(&uuid)?;
+        let buffer = self.buffers.get(&key)?;
+        let visible = !buffer.leases.is_empty() || !self.host_access(key).is_none();
+        visible.then(|| self.info_of(key, buffer))
+    }
+
+    fn info_of(&self, key: BufferKey, buffer: &Buffer<H>) -> BufferInfo {
+        let name = self.vms.get(&buffer.owner).map(|vm| vm.name.clone());
+        let lease = |lease: &Lease| LeaseInfo {
+            lease: lease.id,
+            client: lease.client,
+            access: lease.access,
+            revoked: lease.revoked,
+            since: lease.since,
+        };
+        BufferInfo {
+            uuid: buffer.uuid,
+            what: buffer.what.clone(),
+            exporter: buffer.owner,
+            exporter_name: name.unwrap_or_default(),
+            mode: buffer.mode,
+            access: self.host_access(key),
+            generation: buffer.generation,
+            use_count: buffer.use_count(),
+            leases: buffer.leases.iter().map(lease).collect(),
+        }
+    }
+
+    /// ACQUIRE.
+    ///
+    /// NOENT where there is no such buffer or no right to it; ACCESS where there is a right, but not
+    /// for this, or zero copies are demanded and impossible; QUOTA above [`MAX_LEASES`].
+    pub fn acquire(
+        &mut self,
+        client: ClientId,
+        uuid: Uuid,
+        access: Access,
+        zero_copy: bool,
+        now: Duration,
+    ) -> Result<Acquired<H>, Status> {
+        if access.is_none() {
+            return Err(Status::Inval);
+        }
+        let key = *self.by_uuid.get(&uuid).ok_or(Status::NoEnt)?;
+        let before = self.host_access(key);
+        if before.is_none() {
+            return Err(Status::NoEnt);
+        }
+        let buffer = self.buffers.get_mut(&key).ok_or(Status::NoEnt)?;
+        if !before.contains(access) || (zero_copy && buffer.mode == Mode::Copy) {
+            return Err(Status::Access);
+        }
+        if self.clients.get(&client).is_some_and(|leases| leases.len() >= MAX_LEASES) {
+            return Err(Status::Quota);
+        }
+        let backing = buffer.backing.clone().ok_or(Status::NoEnt)?;
+        self.last_lease += 1;
+        let lease = LeaseId(self.last_lease);
+        buffer.leases.push(Lease { id: lease, client, access, revoked: false, since: now });
+        if buffer.observable {
+            buffer.foreign = Foreign::Possible;
+        }
+        let once = buffer.grant(PeerId::HOST).is_some_and(|grant| grant.once);
+        if once {
+            let specific = buffer.grants.iter().any(|(to, _)| *to == PeerId::HOST);
+            let used = if specific { PeerId::HOST } else { PeerId::ANY };
+            buffer.grants.retain(|(to, _)| *to != used);
+        }
+        self.clients.entry(client).or_default().insert(lease, key);
+        let info = self.buffers.get(&key).map(|buffer| self.info_of(key, buffer));
+        self.tell_host_offer(key, before);
+        self.settle(key);
+        Ok(Acquired { lease, backing, info: info.ok_or(Status::NoEnt)? })
+    }
+
+    /// The live lease of a client: NOENT where it has none of this number, REVOKED where it is dead.
+    pub(super) fn lease_of(
+        &self,
+        client: ClientId,
+        lease: LeaseId,
+    ) -> Result<(BufferKey, &Lease), Status> {
+        let leases = self.clients.get(&client).ok_or(Status::NoEnt)?;
+        let key = *leases.get(&lease).ok_or(Status::NoEnt)?;
+        let found = self.buffers.get(&key).and_then(|buffer| buffer.lease(lease));
+        let found = found.ok_or(Status::NoEnt)?;
+        if found.revoked { Err(Status::Revoked) } else { Ok((key, found)) }
+    }
+
+    /// RELEASE of a lease, dead or alive.
+    pub fn end_lease(&mut self, client: ClientId, lease: LeaseId) -> Result<(), Status> {
+        let leases = self.clients.get_mut(&client).ok_or(Status::NoEnt)?;
+        let key = leases.remove(&lease).ok_or(Status::NoEnt)?;
+        if leases.is_empty() {
+            self.clients.remove(&client);
+        }
+        let holder = Holder::Lease(lease);
+        self.cancel_waits(key, |who| who == holder, Status::Canceled);
+        self.clear_bits(key, holder);
+        let buffer = self.buffers.get_mut(&key).ok_or(Status::NoEnt)?;
+        buffer.leases.retain(|held| held.id != lease);
+        if buffer.leases.is_empty() && buffer.may_be_foreign() {
+            self.outbox.observe.insert(key);
+        }
+        self.settle(key);
+        Ok(())
+    }
+
+    /// A client is gone: its leases end.
+    pub fn client_gone(&mut self, client: ClientId) {
+        let leases = self.clients.get(&client).into_iter().flat_map(BTreeMap::keys);
+        for lease in leases.copied().collect::<Vec<_>>() {
+            // Its own number: neither unknown nor somebody else's.
+            let _ = self.end_lease(client, lease);
+        }
+    }
+
+    /// Kills every lease: its client is told, and only handing it back is left.
+    pub(super) fn revoke_leases(&mut self, key: BufferKey) {
+        self.cancel_waits(key, |holder| holder != Holder::Exporter, Status::Revoked);
+        let Some(buffer) = self.buffers.get_mut(&key) else { return };
+        let uuid = buffer.uuid;
+        let mut dead = Vec::new();
+        for lease in buffer.leases.iter_mut().filter(|lease| !lease.revoked) {
+            lease.revoked = true;
+            dead.push((lease.client, lease.id));
+        }
+        for (client, lease) in dead {
+            self.clear_bits(key, Holder::Lease(lease));
+            self.outbox.notices.push(Notice::Revoked { client, lease, uuid });
+        }
+    }
+}

@@ -1,0 +1,357 @@
+//! Who holds what: the truth about every buffer, as a pure state machine.
+//!
+//! It contains no IO, no lock, no log and no clock: time comes in as the duration since the daemon's
+//! start, consequences go out through the [`Outbox`]. It knows neither guest addresses nor file
+//! descriptors; `H` stands for the memory behind a buffer, and tests count leaks with it.
+//!
+//! Invariants:
+//! - A refused operation changes nothing.
+//! - RELEASED is told once a handle, in the response or by the event, and is its last word.
+//! - Quota is charged from `begin_export` until the memory is given up and RELEASED is delivered.
+//! - A [`Ticket`] is used exactly once; a session that dies meanwhile makes `finish_export` undo.
+//! - An `H` that the registry gives up is in the outbox, to be dropped outside of any lock.
+
+mod access;
+mod buffer;
+mod exporter;
+mod host;
+mod session;
+mod sync;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::time::Duration;
+
+use uuid::Uuid;
+
+pub use access::{Begun, Copy, CopyTicket, Ended, SyncRequest};
+pub use buffer::{Buffer, Description, Foreign, Grant, Lease, Phase};
+pub use exporter::{Exported, GrantRequest, HandleState, Part, Ticket};
+pub use host::{Acquired, BufferInfo, LeaseInfo};
+pub use session::{Event, EventKind};
+pub use sync::{Holder, Origin, Waiter};
+
+use crate::ids::{BufferKey, ClientId, HandleId, LeaseId, PeerId, SessionId};
+use crate::limits::Quota;
+use crate::policy::Policy;
+use crate::protocol::Status;
+
+/// What the rest of the daemon has to do after an operation, with the lock released.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Outbox<H> {
+    /// VMs with an event to deliver.
+    pub wake: BTreeSet<PeerId>,
+    /// Waits that ended.
+    pub done: Vec<Done>,
+    /// News for host clients.
+    pub notices: Vec<Notice>,
+    /// Memory that is no longer needed.
+    pub drop: Vec<H>,
+    /// Buffers whose foreign references must be counted now.
+    pub observe: BTreeSet<BufferKey>,
+    /// A deadline may have come nearer.
+    pub clock: bool,
+}
+
+impl<H> Default for Outbox<H> {
+    fn default() -> Self {
+        Outbox {
+            wake: BTreeSet::new(),
+            done: Vec::new(),
+            notices: Vec::new(),
+            drop: Vec::new(),
+            observe: BTreeSet::new(),
+            clock: false,
+        }
+    }
+}
+
+/// A wait that ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Done {
+    /// Whom to tell.
+    pub origin: Origin,
+    /// How it ended.
+    pub status: Status,
+    /// Generation of the content.
+    pub generation: u64,
+}
+
+/// News about a buffer that the host may use, or could.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Notice {
+    /// The host may acquire it.
+    Offered(Uuid),
+    /// The host may no longer acquire it.
+    Withdrawn(Uuid),
+    /// Its content was declared complete again, by this client or by the exporter.
+    Changed {
+        /// Which.
+        uuid: Uuid,
+        /// How often so far.
+        generation: u64,
+        /// Who need not be told.
+        writer: Option<ClientId>,
+    },
+    /// A lease is dead; what is left is to hand it back.
+    Revoked {
+        /// Whose.
+        client: ClientId,
+        /// Which.
+        lease: LeaseId,
+        /// Of what.
+        uuid: Uuid,
+    },
+}
+
+/// A configured VM.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Vm {
+    name: String,
+    quota: Quota,
+    epoch: u32,
+    session: Option<SessionId>,
+    next_handle: u64,
+    handles: HashMap<HandleId, BufferKey>,
+    /// Charged to the quota.
+    exports: u32,
+    bytes: u64,
+    lingering: u32,
+    waits: u32,
+    /// Buffers with an event, oldest first.
+    events: VecDeque<BufferKey>,
+    resync: bool,
+    peers_changed: BTreeSet<PeerId>,
+}
+
+/// The registry of one daemon.
+#[derive(Debug, Clone)]
+pub struct Registry<H> {
+    policy: Policy,
+    vms: BTreeMap<PeerId, Vm>,
+    buffers: HashMap<BufferKey, Buffer<H>>,
+    by_uuid: HashMap<Uuid, BufferKey>,
+    clients: HashMap<ClientId, BTreeMap<LeaseId, BufferKey>>,
+    /// What is due next of each buffer: a wait, a grant or a look at foreign references.
+    deadlines: BTreeSet<(Duration, BufferKey)>,
+    last_key: u64,
+    last_lease: u64,
+    last_session: u64,
+    outbox: Outbox<H>,
+}
+
+impl<H: Clone> Registry<H> {
+    /// An empty registry for these VMs.
+    pub fn new(
+        policy: Policy,
+        vms: impl IntoIterator<Item = (PeerId, String, Quota, u32)>,
+    ) -> Self {
+        let vms = vms
+            .into_iter()
+            .map(|(peer, name, quota, epoch)| {
+                let vm = Vm {
+                    name,
+                    quota,
+                    epoch,
+                    session: None,
+                    next_handle: 1,
+                    handles: HashMap::new(),
+                    exports: 0,
+                    bytes: 0,
+                    lingering: 0,
+                    waits: 0,
+                    events: VecDeque::new(),
+                    resync: false,
+                    peers_changed: BTreeSet::new(),
+                };
+                (peer, vm)
+            })
+            .collect();
+        Registry {
+            policy,
+            vms,
+            buffers: HashMap::new(),
+            by_uuid: HashMap::new(),
+            clients: HashMap::new(),
+            deadlines: BTreeSet::new(),
+            last_key: 0,
+            last_lease: 0,
+            last_session: 0,
+            outbox: Outbox::default(),
+        }
+    }
+
+    /// What is to be done for all operations since the last call.
+    pub fn take_outbox(&mut self) -> Outbox<H> {
+        std::mem::take(&mut self.outbox)
+    }
+
+    /// Buffers that exist, those of ended sessions included.
+    pub fn buffer_count(&self) -> usize {
+        self.buffers.len()
+    }
+
+    /// Bytes charged to all VMs.
+    pub fn bytes_charged(&self) -> u64 {
+        self.vms.values().map(|vm| vm.bytes).sum()
+    }
+
+    /// Leases that exist.
+    pub fn lease_count(&self) -> usize {
+        self.clients.values().map(BTreeMap::len).sum()
+    }
+
+    /// When [`tick`](Self::tick) is due next; `None` while nothing waits for time to pass.
+    pub fn next_deadline(&self) -> Option<Duration> {
+        self.deadlines.first().map(|(when, _)| *when)
+    }
+
+    /// Ends what is due: waits, grants, pauses between two looks at foreign references.
+    pub fn tick(&mut self, now: Duration) {
+        while let Some((when, key)) = self.deadlines.first().copied() {
+            if when > now {
+                break;
+            }
+            self.deadlines.pop_first();
+            if let Some(buffer) = self.buffers.get_mut(&key) {
+                buffer.due = None;
+            }
+            self.expire_waits(key, now);
+            self.expire_grants(key, now);
+            if let Some(buffer) = self.buffers.get(&key)
+                && let Foreign::Held { next, .. } = buffer.foreign
+                && next <= now
+            {
+                self.outbox.observe.insert(key);
+            } else {
+                self.reschedule(key);
+            }
+        }
+    }
+
+    /// The memory of a buffer that the outbox asked to look at.
+    pub fn backing(&self, key: BufferKey) -> Option<H> {
+        self.buffers.get(&key).and_then(|buffer| buffer.backing.clone())
+    }
+
+    /// Tells what a look at a buffer's references found.
+    ///
+    /// It counts only while no lease lives: through a lease new references can arise at any time.
+    pub fn observed(&mut self, key: BufferKey, held: bool, now: Duration) {
+        let Some(buffer) = self.buffers.get_mut(&key) else { return };
+        if !buffer.leases.is_empty() || !buffer.may_be_foreign() {
+            return;
+        }
+        buffer.foreign = match (held, buffer.foreign) {
+            (false, _) => Foreign::None,
+            (true, Foreign::Held { pause, .. }) => {
+                let pause = (pause * 2).min(crate::limits::OBSERVE_MAX);
+                Foreign::Held { pause, next: now + pause }
+            }
+            (true, _) => {
+                let pause = crate::limits::OBSERVE_MIN;
+                Foreign::Held { pause, next: now + pause }
+            }
+        };
+        self.settle(key);
+    }
+
+    fn vm(&self, session: SessionId) -> Result<&Vm, Status> {
+        self.vms.get(&session.peer).filter(|vm| vm.session == Some(session)).ok_or(Status::Revoked)
+    }
+
+    fn vm_mut(&mut self, session: SessionId) -> Result<&mut Vm, Status> {
+        self.vms
+            .get_mut(&session.peer)
+            .filter(|vm| vm.session == Some(session))
+            .ok_or(Status::Revoked)
+    }
+
+    /// The live or releasing export that a handle names.
+    fn key(&self, session: SessionId, handle: HandleId) -> Result<BufferKey, Status> {
+        self.vm(session)?.handles.get(&handle).copied().ok_or(Status::NoEnt)
+    }
+
+    /// Carries a buffer on to where its users leave it, and queues the event that follows from it.
+    /// Called after every change to a buffer.
+    fn settle(&mut self, key: BufferKey) {
+        let Some(buffer) = self.buffers.get_mut(&key) else { return };
+        if buffer.phase == Phase::Releasing && !buffer.pages_in_use() {
+            buffer.phase = Phase::Told;
+            self.close_handle(key);
+        }
+        let Some(buffer) = self.buffers.get_mut(&key) else { return };
+        if buffer.phase == Phase::Lingering && !buffer.pages_in_use() {
+            buffer.phase = Phase::Orphan;
+            let owner = buffer.owner;
+            if let Some(vm) = self.vms.get_mut(&owner) {
+                vm.lingering = vm.lingering.saturating_sub(1);
+            }
+            self.resync(owner);
+        }
+        let Some(buffer) = self.buffers.get_mut(&key) else { return };
+        let keep = matches!(buffer.phase, Phase::Live | Phase::Releasing) || buffer.memory_in_use();
+        if !keep && let Some(backing) = buffer.backing.take() {
+            self.outbox.drop.push(backing);
+        }
+        let owner = buffer.owner;
+        if buffer.phase == Phase::Orphan && buffer.backing.is_none() {
+            self.remove(key);
+            return;
+        }
+        if buffer.has_event() && !buffer.queued {
+            buffer.queued = true;
+            if let Some(vm) = self.vms.get_mut(&owner) {
+                vm.events.push_back(key);
+                self.outbox.wake.insert(owner);
+            }
+        }
+        self.reschedule(key);
+    }
+
+    /// The exporter has its pages back: the handle dies, and a pool has one user less.
+    fn close_handle(&mut self, key: BufferKey) {
+        let Some(buffer) = self.buffers.get_mut(&key) else { return };
+        let (owner, handle, pool) = (buffer.owner, buffer.handle, buffer.pool.take());
+        if let Some(vm) = self.vms.get_mut(&owner) {
+            vm.handles.remove(&handle);
+        }
+        if let Some(pool) = pool
+            && let Some(parent) = self.buffers.get_mut(&pool)
+        {
+            parent.parts = parent.parts.saturating_sub(1);
+            self.settle(pool);
+        }
+    }
+
+    /// Enters what is due next of a buffer, one entry a buffer.
+    fn reschedule(&mut self, key: BufferKey) {
+        let Some(buffer) = self.buffers.get_mut(&key) else { return };
+        let due = buffer.next_due();
+        if due != buffer.due {
+            if let Some(old) = buffer.due {
+                self.deadlines.remove(&(old, key));
+            }
+            if let Some(new) = due {
+                self.deadlines.insert((new, key));
+                self.outbox.clock = true;
+            }
+            buffer.due = due;
+        }
+    }
+
+    /// Forgets a buffer and gives its quota back.
+    fn remove(&mut self, key: BufferKey) {
+        let Some(buffer) = self.buffers.remove(&key) else { return };
+        self.by_uuid.remove(&buffer.uuid);
+        if let Some(due) = buffer.due {
+            self.deadlines.remove(&(due, key));
+        }
+        if let Some(vm) = self.vms.get_mut(&buffer.owner) {
+            vm.exports = vm.exports.saturating_sub(1);
+            vm.bytes = vm.bytes.saturating_sub(buffer.what.size);
+        }
+        self.outbox.drop.extend(buffer.backing);
+    }
+}

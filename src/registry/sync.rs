@@ -1,0 +1,198 @@
+//! Who reads and who writes one buffer: advisory CPU access, first come, first served
+//! (spec "Synchronisation"). Pure.
+//!
+//! It knows holders and their bits, not what they are, nor bytes, clocks or rings.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use crate::ids::{Access, ClientId, Cookie, LeaseId, PeerId};
+
+/// Who takes part in the synchronisation of a buffer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Holder {
+    /// The VM that exported it.
+    Exporter,
+    /// A host client.
+    Lease(LeaseId),
+}
+
+/// Whom to tell when a wait ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Origin {
+    /// A chain of a VM's sync queue, by the device's own number for it.
+    Vm(PeerId, u64),
+    /// A request of a host client.
+    Client(ClientId, Cookie),
+}
+
+/// A BEGIN that waits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Waiter {
+    /// Who waits.
+    pub holder: Holder,
+    /// For what.
+    pub want: Access,
+    /// Since the daemon's start.
+    pub deadline: Duration,
+    /// Named by CANCEL.
+    pub cookie: Cookie,
+    /// Whom to tell.
+    pub origin: Origin,
+}
+
+/// The synchronisation state of one buffer.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct SyncState {
+    held: Vec<(Holder, Access)>,
+    waiting: VecDeque<Waiter>,
+}
+
+impl SyncState {
+    /// What `holder` holds.
+    pub fn held_by(&self, holder: Holder) -> Access {
+        self.held.iter().find(|(who, _)| *who == holder).map_or(Access::NONE, |(_, bits)| *bits)
+    }
+
+    /// Whether nobody holds or waits.
+    pub fn is_idle(&self) -> bool {
+        self.held.is_empty() && self.waiting.is_empty()
+    }
+
+    /// The waiters, first come first.
+    pub fn waiters(&self) -> impl Iterator<Item = &Waiter> {
+        self.waiting.iter()
+    }
+
+    fn conflicts(&self, holder: Holder, want: Access) -> bool {
+        self.held
+            .iter()
+            .filter(|(who, _)| *who != holder)
+            .any(|(_, bits)| (want.read && bits.write) || (want.write && (bits.read || bits.write)))
+    }
+
+    /// Whether BEGIN would be granted at once. A waiting WRITE holds back whoever holds nothing yet.
+    pub fn may_begin(&self, holder: Holder, want: Access) -> bool {
+        let held = self.held_by(holder);
+        let queue_jump = held.is_none() && self.waiting.iter().any(|waiter| waiter.want.write);
+        held.contains(want) || (!queue_jump && !self.conflicts(holder, want))
+    }
+
+    /// Sets bits; the caller has asked [`may_begin`](Self::may_begin).
+    pub fn begin(&mut self, holder: Holder, want: Access) {
+        match self.held.iter_mut().find(|(who, _)| *who == holder) {
+            Some((_, bits)) => *bits = bits.union(want),
+            None => self.held.push((holder, want)),
+        }
+    }
+
+    /// Queues a BEGIN that must wait.
+    pub fn wait(&mut self, waiter: Waiter) {
+        self.waiting.push_back(waiter);
+    }
+
+    /// Clears bits and returns the waiters that are served by it, in order.
+    pub fn end(&mut self, holder: Holder, bits: Access) -> Vec<Waiter> {
+        if let Some((_, held)) = self.held.iter_mut().find(|(who, _)| *who == holder) {
+            *held = held.minus(bits);
+        }
+        self.held.retain(|(_, held)| !held.is_none());
+        self.promote()
+    }
+
+    /// Takes out the waiters that `gone` names, and returns them and those that are served by it.
+    pub fn cancel(&mut self, gone: impl Fn(&Waiter) -> bool) -> (Vec<Waiter>, Vec<Waiter>) {
+        let (out, stay): (Vec<_>, Vec<_>) = self.waiting.drain(..).partition(gone);
+        self.waiting = stay.into();
+        let served = self.promote();
+        (out, served)
+    }
+
+    /// Serves waiters in the order in which they came. A WRITE that cannot be served holds back
+    /// those behind it that hold nothing.
+    fn promote(&mut self) -> Vec<Waiter> {
+        let mut served = Vec::new();
+        let mut write_waits = false;
+        for waiter in std::mem::take(&mut self.waiting) {
+            let held_back = write_waits && self.held_by(waiter.holder).is_none();
+            if held_back || self.conflicts(waiter.holder, waiter.want) {
+                write_waits |= waiter.want.write;
+                self.waiting.push_back(waiter);
+            } else {
+                self.begin(waiter.holder, waiter.want);
+                served.push(waiter);
+            }
+        }
+        served
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const A: Holder = Holder::Exporter;
+    const B: Holder = Holder::Lease(LeaseId(1));
+    const C: Holder = Holder::Lease(LeaseId(2));
+
+    fn waiter(holder: Holder, want: Access) -> Waiter {
+        Waiter {
+            holder,
+            want,
+            deadline: Duration::ZERO,
+            cookie: Cookie(0),
+            origin: Origin::Client(ClientId(0), Cookie(0)),
+        }
+    }
+
+    fn who(served: &[Waiter]) -> Vec<Holder> {
+        served.iter().map(|waiter| waiter.holder).collect()
+    }
+
+    #[test]
+    fn readers_share_and_a_writer_is_alone() {
+        let mut sync = SyncState::default();
+        sync.begin(A, Access::READ);
+        assert!(sync.may_begin(B, Access::READ));
+        assert!(!sync.may_begin(B, Access::WRITE));
+        assert!(sync.may_begin(A, Access::WRITE), "a lone reader may upgrade");
+        sync.begin(A, Access::WRITE);
+        assert!(!sync.may_begin(B, Access::READ));
+    }
+
+    #[test]
+    fn a_waiting_writer_holds_back_later_readers() {
+        let mut sync = SyncState::default();
+        sync.begin(A, Access::READ);
+        sync.wait(waiter(B, Access::WRITE));
+        assert!(!sync.may_begin(C, Access::READ));
+        sync.wait(waiter(C, Access::READ));
+        assert_eq!(who(&sync.end(A, Access::READ)), [B]);
+        assert_eq!(who(&sync.end(B, Access::ALL)), [C]);
+    }
+
+    #[test]
+    fn bits_already_held_are_never_waited_for() {
+        let mut sync = SyncState::default();
+        sync.begin(A, Access::WRITE);
+        sync.wait(waiter(B, Access::WRITE));
+        assert!(sync.may_begin(A, Access::WRITE));
+    }
+
+    #[test]
+    fn cancelling_the_writer_serves_the_readers_behind_it() {
+        let mut sync = SyncState::default();
+        sync.begin(A, Access::READ);
+        sync.wait(waiter(B, Access::WRITE));
+        sync.wait(waiter(C, Access::READ));
+        let (out, served) = sync.cancel(|waiter| waiter.holder == B);
+        assert_eq!((who(&out), who(&served)), (vec![B], vec![C]));
+    }
+
+    #[test]
+    fn end_without_begin_changes_nothing() {
+        let mut sync = SyncState::default();
+        assert!(sync.end(A, Access::ALL).is_empty());
+        assert!(sync.is_idle());
+    }
+}

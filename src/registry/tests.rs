@@ -1,0 +1,1 @@
+//! The registry's promises, one test each.
