@@ -1,0 +1,212 @@
+//! Memory behind an export: a dma-buf of exactly its pages, or a private copy of them.
+//!
+//! It knows files and kernel interfaces, not who may use a buffer. It never hands out a guest's RAM.
+//! After a disconnect a backing lives on as long as the registry keeps it.
+
+mod copy;
+mod udmabuf;
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use log::{info, warn};
+
+use crate::ioctl;
+use crate::memory::{self, FileSegment};
+use crate::protocol::{Mode, Status};
+pub use udmabuf::{Device, Source};
+
+/// What the descriptor of a backing is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FdKind {
+    /// A dma-buf.
+    DmaBuf,
+    /// A memfd, where the host has no udmabuf.
+    Memfd,
+}
+
+/// The memory of one export.
+#[derive(Debug)]
+pub struct Backing {
+    /// What consumers get.
+    fd: OwnedFd,
+    kind: FdKind,
+    /// The exporter's pages.
+    pages: Box<[FileSegment]>,
+    /// The private copy, in COPY mode.
+    private: Option<OwnedFd>,
+}
+
+impl Backing {
+    /// The descriptor for consumers: of exactly these pages or of a private copy.
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+
+    /// What [`fd`](Self::fd) is.
+    pub fn kind(&self) -> FdKind {
+        self.kind
+    }
+
+    /// The exporter's pages of a part: `len` bytes from byte `offset`.
+    pub fn part(&self, offset: u64, len: u64) -> io::Result<Vec<FileSegment>> {
+        memory::slice(&self.pages, offset, len)
+    }
+
+    /// Copies between the exporter's pages and the private copy. Returns the bytes copied.
+    ///
+    /// An error names the file that is shorter than it was.
+    pub fn copy(&self, offset: u64, len: u64, from_exporter: bool) -> io::Result<u64> {
+        let private = self.private.as_ref().ok_or_else(|| {
+            io::Error::new(io::ErrorKind::Unsupported, "a zero-copy buffer has no private copy")
+        })?;
+        copy::copy(
+            &memory::slice(&self.pages, offset, len)?,
+            private.as_fd(),
+            offset,
+            from_exporter,
+        )
+    }
+}
+
+/// Makes backings.
+#[derive(Debug)]
+pub struct DmaBufs {
+    device: Option<Device>,
+    /// `count:` of our own descriptors is read here; opened before the sandbox.
+    fdinfo: OwnedFd,
+    require_zero_copy: bool,
+}
+
+/// How an export may be made.
+#[derive(Debug, Clone, Copy)]
+pub struct Wish {
+    /// The pages are sealed RAM and the operator lets consumers see them.
+    pub may_share: bool,
+    /// The exporter refuses copies.
+    pub must_share: bool,
+}
+
+impl DmaBufs {
+    /// Opens udmabuf as the operator chose, and logs once which mode that means.
+    ///
+    /// An error says what is missing and what to do.
+    pub fn new(source: &Source, require_zero_copy: bool) -> io::Result<DmaBufs> {
+        let device = match Device::open(source) {
+            Ok(device) => device,
+            Err(error) if matches!(source, Source::Auto) && !require_zero_copy => {
+                warn!("{error}");
+                None
+            }
+            Err(error) => return Err(error),
+        };
+        match &device {
+            Some(device) => info!("zero-copy mode: udmabuf, {}", device.limits()),
+            None if require_zero_copy => {
+                return Err(io::Error::other(
+                    "--require-zero-copy needs udmabuf: drop --udmabuf off",
+                ));
+            }
+            None => warn!("copy mode: consumers get private copies that guests fill on SYNC"),
+        }
+        let fdinfo = rustix::fs::open(
+            "/proc/self/fdinfo",
+            rustix::fs::OFlags::DIRECTORY | rustix::fs::OFlags::CLOEXEC,
+            rustix::fs::Mode::empty(),
+        )?;
+        Ok(DmaBufs { device, fdinfo, require_zero_copy })
+    }
+
+    /// Whether exports can be zero-copy at all.
+    pub fn zero_copy(&self) -> bool {
+        self.device.is_some()
+    }
+
+    /// Segments of one dma-buf at most.
+    pub fn max_segments(&self) -> u32 {
+        self.device.as_ref().map_or(udmabuf::DEFAULT_LIST_LIMIT, |device| device.limits().segments)
+    }
+
+    /// Bytes of one dma-buf at most.
+    pub fn max_size(&self) -> u64 {
+        self.device.as_ref().map_or(u64::MAX, |device| device.limits().bytes)
+    }
+
+    /// Makes the memory of an export: `size` bytes in these pages.
+    ///
+    /// FAULT where zero copies are demanded and impossible; NOMEM and IO where the host fails.
+    pub fn make(
+        &self,
+        pages: Vec<FileSegment>,
+        size: u64,
+        wish: Wish,
+        name: &str,
+    ) -> Result<(Backing, Mode), Status> {
+        let pages = pages.into_boxed_slice();
+        if wish.may_share
+            && let Some(device) = &self.device
+        {
+            let fd = device.create(&pages).map_err(|error| refused(&error))?;
+            label(fd.as_fd(), name);
+            return Ok((
+                Backing { fd, kind: FdKind::DmaBuf, pages, private: None },
+                Mode::ZeroCopy,
+            ));
+        }
+        if wish.must_share || self.require_zero_copy {
+            return Err(Status::Fault);
+        }
+        let private = copy::private(size).map_err(|error| refused(&error))?;
+        let wrapped =
+            self.device.as_ref().and_then(|device| device.wrap(private.as_fd(), size).ok());
+        let (fd, kind) = match wrapped {
+            Some(fd) => {
+                label(fd.as_fd(), name);
+                (fd, FdKind::DmaBuf)
+            }
+            None => {
+                let fd = private.try_clone().map_err(|error| refused(&error))?;
+                (fd, FdKind::Memfd)
+            }
+        };
+        Ok((Backing { fd, kind, pages, private: Some(private) }, Mode::Copy))
+    }
+
+    /// Whether anybody but us holds the dma-buf: descriptors elsewhere or in flight, mappings,
+    /// attachments. False for a memfd, where that cannot be seen.
+    pub fn held_elsewhere(&self, backing: &Backing) -> io::Result<bool> {
+        if backing.kind == FdKind::Memfd {
+            return Ok(false);
+        }
+        let name = backing.fd.as_raw_fd().to_string();
+        let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::CLOEXEC;
+        let file = rustix::fs::openat(&self.fdinfo, name, flags, rustix::fs::Mode::empty())?;
+        let text = io::read_to_string(std::fs::File::from(file))?;
+        let count =
+            text.lines().find_map(|line| line.strip_prefix("count:")?.trim().parse::<u64>().ok());
+        let missing = || io::Error::other("/proc/self/fdinfo tells no count of a dma-buf");
+        Ok(count.ok_or_else(missing)? > 1)
+    }
+}
+
+/// Names a dma-buf for debugfs and fdinfo; that is for people, and must not fail an export.
+fn label(fd: BorrowedFd<'_>, name: &str) {
+    let printable = |c: &char| !c.is_control();
+    let mut text: String = name.chars().filter(printable).collect();
+    while text.len() > 31 {
+        text.pop();
+    }
+    if let Ok(text) = std::ffi::CString::new(text)
+        && let Err(error) = ioctl::dma_buf_set_name(fd, &text)
+    {
+        log::debug!("a dma-buf could not be named: {error}");
+    }
+}
+
+fn refused(error: &io::Error) -> Status {
+    warn!("no memory for an export: {error}");
+    match error.raw_os_error() {
+        Some(libc::ENOMEM | libc::EMFILE | libc::ENFILE) => Status::NoMem,
+        _ => Status::Io,
+    }
+}

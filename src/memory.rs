@@ -1,0 +1,280 @@
+//! Guest ranges → segments of shared files.
+//!
+//! It returns file segments only and refuses memory that is not shareable; it is no general
+//! translator. It does not know buffers, requests or rings. After a disconnect nothing is left of a
+//! map but the files that live exports still hold.
+#![deny(clippy::arithmetic_side_effects)]
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use rustix::fs::SealFlags;
+use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+
+use crate::limits::GRANULE;
+use crate::protocol::{Segment, Status};
+
+/// What a region's file allows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Share {
+    /// A memfd that cannot shrink and can be written: udmabuf takes it.
+    Sealed,
+    /// A file that its owner could truncate under us: copies only, where the operator allows it.
+    Unsealed,
+    /// Neither: a device's memory, a dma-buf mapped into the guest, a pipe.
+    Not,
+}
+
+impl Share {
+    /// What `file` allows.
+    pub fn of(file: impl AsFd) -> Share {
+        const DMA_BUF_MAGIC: rustix::fs::FsWord = 0x444d_4142;
+        let seals = rustix::fs::fcntl_get_seals(&file).unwrap_or(SealFlags::empty());
+        if seals.contains(SealFlags::SHRINK)
+            && !seals.intersects(SealFlags::WRITE | SealFlags::FUTURE_WRITE)
+        {
+            return Share::Sealed;
+        }
+        let regular = rustix::fs::fstat(&file)
+            .is_ok_and(|stat| rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file());
+        let dma_buf = rustix::fs::fstatfs(&file).is_ok_and(|fs| fs.f_type == DMA_BUF_MAGIC);
+        if regular && !dma_buf { Share::Unsealed } else { Share::Not }
+    }
+}
+
+/// One region of guest memory.
+#[derive(Debug, Clone)]
+pub struct Region {
+    /// Guest-physical address.
+    pub start: u64,
+    /// Bytes.
+    pub len: u64,
+    /// What holds it.
+    pub file: Arc<File>,
+    /// Bytes into the file.
+    pub file_start: u64,
+    /// What the file allows.
+    pub share: Share,
+}
+
+/// Bytes of a shared file. It keeps the file open.
+#[derive(Debug, Clone)]
+pub struct FileSegment {
+    /// The file.
+    pub file: Arc<File>,
+    /// Bytes into the file.
+    pub offset: u64,
+    /// Bytes.
+    pub len: u64,
+}
+
+/// Why a list of segments is refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// A segment without bytes, one that wraps, or two that overlap.
+    #[error("segment {0} is empty, wraps around, or overlaps another")]
+    Malformed(u32),
+    /// Their sum is not the size of the buffer.
+    #[error("the segments hold {sum} bytes, the buffer {size}")]
+    Sum {
+        /// Bytes of all segments.
+        sum: u64,
+        /// Bytes of the buffer.
+        size: u64,
+    },
+    /// Address or length is no multiple of the granule.
+    #[error("segment {0} is not aligned to {GRANULE} bytes")]
+    Misaligned(u32),
+    /// Not in shareable guest memory.
+    #[error("segment {0} is not shareable memory of the guest")]
+    NotMemory(u32),
+    /// In memory that its owner could truncate.
+    #[error(
+        "segment {0} lies in RAM without F_SEAL_SHRINK: use memory-backend-memfd,share=on, or allow copies with unsealed-ram"
+    )]
+    Unsealed(u32),
+    /// Too many even when merged.
+    #[error("{count} segments after merging, {max} are possible")]
+    TooMany {
+        /// After merging.
+        count: usize,
+        /// `max_segments` of the configuration space.
+        max: u32,
+    },
+}
+
+impl Refusal {
+    /// Wire status and `detail` (spec "EXPORT", errors).
+    pub fn status(self) -> (Status, u32) {
+        match self {
+            Refusal::Malformed(_) | Refusal::Sum { .. } => (Status::Inval, 0),
+            Refusal::Misaligned(_) => (Status::Range, 0),
+            Refusal::NotMemory(index) | Refusal::Unsealed(index) => (Status::Fault, index),
+            Refusal::TooMany { .. } => (Status::TooMany, 0),
+        }
+    }
+}
+
+/// The memory of one guest, as its VMM shared it last.
+#[derive(Debug, Clone, Default)]
+pub struct MemoryMap {
+    regions: Vec<Region>,
+}
+
+impl MemoryMap {
+    /// The map of these regions, which do not overlap.
+    pub fn new(mut regions: Vec<Region>) -> MemoryMap {
+        regions.sort_by_key(|region| region.start);
+        MemoryMap { regions }
+    }
+
+    /// The map of what the VMM shared. Anonymous memory is left out.
+    pub fn of_guest(memory: &GuestMemoryMmap) -> MemoryMap {
+        let region = |region: &<GuestMemoryMmap as GuestMemoryBackend>::R| {
+            let place = region.file_offset()?;
+            Some(Region {
+                start: region.start_addr().raw_value(),
+                len: region.len(),
+                file: place.arc().clone(),
+                file_start: place.start(),
+                share: Share::of(place.file()),
+            })
+        };
+        MemoryMap::new(memory.iter().filter_map(region).collect())
+    }
+
+    /// The worst that any region allows, for a warning when a VM starts.
+    pub fn has_unsealed(&self) -> bool {
+        self.regions.iter().any(|region| region.share == Share::Unsealed)
+    }
+
+    fn region_at(&self, addr: u64) -> Option<&Region> {
+        let after = self.regions.partition_point(|region| region.start <= addr);
+        let region = self.regions.get(after.checked_sub(1)?)?;
+        (addr.checked_sub(region.start)? < region.len).then_some(region)
+    }
+
+    /// Translates the segments of an EXPORT of `size` bytes. They may cross regions; what is
+    /// adjacent in the file becomes one. The flag says whether all of it is sealed.
+    pub fn translate(
+        &self,
+        segments: &[Segment],
+        size: u64,
+        max_segments: u32,
+        allow_unsealed: bool,
+    ) -> Result<(Vec<FileSegment>, bool), Refusal> {
+        check_shape(segments, size)?;
+        let mut out: Vec<FileSegment> = Vec::with_capacity(segments.len().min(64));
+        let mut sealed = true;
+        let mut region = None::<&Region>;
+        for (index, segment) in (0u32..).zip(segments) {
+            let (mut addr, mut left) = (segment.addr.get(), segment.len.get());
+            while left > 0 {
+                let inside = |region: &&Region| {
+                    addr.checked_sub(region.start).is_some_and(|into| into < region.len)
+                };
+                let here = region.filter(inside).or_else(|| self.region_at(addr));
+                let here = here.ok_or(Refusal::NotMemory(index))?;
+                region = Some(here);
+                match here.share {
+                    Share::Sealed => {}
+                    Share::Unsealed if allow_unsealed => sealed = false,
+                    Share::Unsealed => return Err(Refusal::Unsealed(index)),
+                    Share::Not => return Err(Refusal::NotMemory(index)),
+                }
+                let into = addr.saturating_sub(here.start);
+                let len = left.min(here.len.saturating_sub(into));
+                let offset = here.file_start.checked_add(into).ok_or(Refusal::NotMemory(index))?;
+                push(&mut out, &here.file, offset, len);
+                addr = addr.checked_add(len).ok_or(Refusal::Malformed(index))?;
+                left = left.saturating_sub(len);
+            }
+        }
+        if out.len() > usize::try_from(max_segments).unwrap_or(usize::MAX) {
+            return Err(Refusal::TooMany { count: out.len(), max: max_segments });
+        }
+        Ok((out, sealed))
+    }
+}
+
+/// Judges what needs no map: alignment, emptiness, wrapping, overlap, sum.
+fn check_shape(segments: &[Segment], size: u64) -> Result<(), Refusal> {
+    let mut sum = 0u64;
+    let mut last_end = 0u64;
+    let mut ascending = true;
+    for (index, segment) in (0u32..).zip(segments) {
+        let (addr, len) = (segment.addr.get(), segment.len.get());
+        if (addr | len) & GRANULE.wrapping_sub(1) != 0 {
+            return Err(Refusal::Misaligned(index));
+        }
+        let end = addr.checked_add(len).ok_or(Refusal::Malformed(index))?;
+        sum = sum.checked_add(len).ok_or(Refusal::Malformed(index))?;
+        if len == 0 {
+            return Err(Refusal::Malformed(index));
+        }
+        ascending &= addr >= last_end;
+        last_end = end;
+    }
+    if sum != size {
+        return Err(Refusal::Sum { sum, size });
+    }
+    if !ascending {
+        let mut order: Vec<(u64, u64, u32)> = (0u32..)
+            .zip(segments)
+            .map(|(index, segment)| (segment.addr.get(), segment.len.get(), index))
+            .collect();
+        order.sort_unstable();
+        for (first, second) in order.iter().zip(order.iter().skip(1)) {
+            if first.0.saturating_add(first.1) > second.0 {
+                return Err(Refusal::Malformed(second.2));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn push(out: &mut Vec<FileSegment>, file: &Arc<File>, offset: u64, len: u64) {
+    if let Some(last) = out.last_mut()
+        && Arc::ptr_eq(&last.file, file)
+        && last.offset.checked_add(last.len) == Some(offset)
+    {
+        last.len = last.len.saturating_add(len);
+    } else {
+        out.push(FileSegment { file: file.clone(), offset, len });
+    }
+}
+
+/// The file segments of `len` bytes from byte `offset` of a list of segments.
+///
+/// An error where the range is outside of them.
+pub fn slice(segments: &[FileSegment], offset: u64, len: u64) -> io::Result<Vec<FileSegment>> {
+    let outside = || {
+        io::Error::new(
+            io::ErrorKind::InvalidInput,
+            format!("{len} bytes at {offset} are outside the buffer"),
+        )
+    };
+    let (mut skip, mut left) = (offset, len);
+    let mut out = Vec::new();
+    for segment in segments {
+        if left == 0 {
+            break;
+        }
+        if skip >= segment.len {
+            skip = skip.saturating_sub(segment.len);
+            continue;
+        }
+        let take = left.min(segment.len.saturating_sub(skip));
+        let start = segment.offset.checked_add(skip).ok_or_else(outside)?;
+        push(&mut out, &segment.file, start, take);
+        left = left.saturating_sub(take);
+        skip = 0;
+    }
+    if left == 0 { Ok(out) } else { Err(outside()) }
+}
+
+#[cfg(test)]
+#[path = "memory_tests.rs"]
+mod tests;

@@ -1,0 +1,70 @@
+//! Counters that `bufsharectl stats` shows. They only rise.
+//!
+//! They know nothing of what they count; levels (live buffers, bytes, leases) are the registry's.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::protocol::Status;
+
+/// One counter.
+#[derive(Debug, Default)]
+pub struct Counter(AtomicU64);
+
+impl Counter {
+    /// Counts `n` more.
+    pub fn add(&self, n: u64) {
+        self.0.fetch_add(n, Ordering::Relaxed);
+    }
+
+    /// The count.
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// All counters of a daemon.
+#[derive(Debug, Default)]
+pub struct Metrics {
+    /// Requests answered, refusals included.
+    pub requests: Counter,
+    /// Chains returned with used length 0 because they held no request.
+    pub malformed_chains: Counter,
+    /// Events delivered.
+    pub events: Counter,
+    /// Bytes copied between guests' pages and private copies. 0 as long as all is ZERO_COPY.
+    pub bytes_copied: Counter,
+    /// Looks at a dma-buf's references.
+    pub observations: Counter,
+    /// Sessions of VMs.
+    pub sessions: Counter,
+    /// Responses by status.
+    by_status: [Counter; Status::ALL.len()],
+}
+
+impl Metrics {
+    /// Counts a response.
+    pub fn answered(&self, status: Status) {
+        self.requests.add(1);
+        if let Some(counter) = self.by_status.get(usize::from(status.to_wire())) {
+            counter.add(1);
+        }
+    }
+
+    /// Every counter with its name.
+    pub fn list(&self) -> Vec<(String, u64)> {
+        let fixed = [
+            ("requests", &self.requests),
+            ("malformed_chains", &self.malformed_chains),
+            ("events", &self.events),
+            ("bytes_copied", &self.bytes_copied),
+            ("observations", &self.observations),
+            ("sessions", &self.sessions),
+        ];
+        let fixed = fixed.into_iter().map(|(name, counter)| (name.to_owned(), counter.get()));
+        let answers = Status::ALL.iter().zip(&self.by_status);
+        let answers = answers.map(|(status, counter)| {
+            (format!("answers_{}", status.name().to_lowercase()), counter.get())
+        });
+        fixed.chain(answers).collect()
+    }
+}
