@@ -33,6 +33,10 @@ impl Channel {
         Channel { socket, last_cookie: 0, replies: HashMap::new(), events: VecDeque::new() }
     }
 
+    pub(super) fn has_news(&self) -> bool {
+        !self.events.is_empty() || self.replies.values().any(|(_, packet)| packet.is_some())
+    }
+
     /// Waits until something arrives or `deadline` is over.
     pub(super) fn wait_readable(&self, deadline: Option<Instant>) -> Result<()> {
         let left = deadline.map(|end| end.saturating_duration_since(Instant::now()));

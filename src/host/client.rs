@@ -116,11 +116,14 @@ impl Client {
         }
     }
 
-    /// Starts events about one buffer, or about all; replaces an earlier watch.
+    /// Starts events about one buffer, or about all; replaces an earlier watch, whose events are
+    /// dropped.
     pub fn watch(&mut self, only: Option<Uuid>) -> Result<()> {
         let hdr = self.channel.header(Type::Watch, 0);
         let uuid = only.unwrap_or(Uuid::nil()).into_bytes();
-        self.channel.call(&hdr, &wire::Watch { hdr, uuid }).map(drop)
+        self.channel.call(&hdr, &wire::Watch { hdr, uuid })?;
+        self.channel.events.clear();
+        Ok(())
     }
 
     /// Record, metadata and leases of a buffer.
@@ -258,6 +261,11 @@ impl Client {
             }
             self.channel.wait_readable(deadline)?;
         }
+    }
+
+    /// Whether an event or the answer to a submitted BEGIN is there to be taken.
+    pub fn has_news(&self) -> bool {
+        self.channel.has_news()
     }
 
     /// Takes in what has arrived, without waiting.

@@ -19,7 +19,7 @@ use thiserror::Error;
 
 /// Looks at the buffers that virtual machines offer to this host.
 #[derive(Debug, Parser)]
-#[command(version, about)]
+#[command(version)]
 struct Args {
     /// The daemon's host socket.
     #[arg(long, global = true, value_name = "PATH", env = "BUFSHARE_HOST_SOCKET",
@@ -69,7 +69,7 @@ enum Failure {
     Client(#[from] client::Error),
     #[error("no buffer {0:?} is offered to the host; `bufsharectl list` shows those that are")]
     NoBuffer(String),
-    #[error("cannot read the picture in {name:?}: {source}")]
+    #[error("cannot read the picture in {name:?}")]
     Image { name: String, source: ImageError },
     #[error("cannot {what}")]
     Io { what: String, source: io::Error },
