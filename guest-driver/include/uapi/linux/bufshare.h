@@ -159,8 +159,8 @@ struct bufshare_grant {
  * @generation: out: how often the content was declared complete
  *
  * BEGIN waits until no other endpoint is in a conflicting bracket. END first waits for the fences
- * of this guest's own devices on the dma-buf, then declares; END with WRITE advances the generation.
- * A signal ends either wait with EINTR.
+ * of this guest's own devices on the dma-buf, then declares; END with WRITE advances the
+ * generation. A signal ends either wait with EINTR.
  */
 struct bufshare_sync {
 	__u64 handle;

@@ -64,6 +64,7 @@ struct virtio_bufshare_req {
 	__le16 flags;
 	__le32 cookie; /* SYNC, POINT_*: for CANCEL; 0 in all other requests */
 };
+
 struct virtio_bufshare_resp {
 	__le16 status;
 	__le16 reserved;
@@ -140,6 +141,7 @@ struct virtio_bufshare_segment {
 	__le64 addr; /* same address space as descriptors; multiple of granule */
 	__le64 len;  /* bytes; multiple of granule */
 };
+
 struct virtio_bufshare_export {
 	struct virtio_bufshare_req hdr;
 	__le64 size;          /* == sum of segments[].len; fixed for the life of the buffer */
@@ -152,6 +154,7 @@ struct virtio_bufshare_export {
 	/* struct virtio_bufshare_segment segments[nr_segments]; */
 	/* __u8 metadata[metadata_len], then zeros up to a multiple of 8 */
 };
+
 struct virtio_bufshare_resp_export {
 	struct virtio_bufshare_resp hdr;
 	__le64 handle; /* not 0; never reused before device reset */
@@ -166,6 +169,7 @@ struct virtio_bufshare_plane {
 	__le32 stride; /* bytes */
 	__le32 reserved;
 };
+
 struct virtio_bufshare_image {
 	__le32 fourcc;    /* DRM_FORMAT_* */
 	__le32 nr_planes; /* 1..4 */
@@ -197,15 +201,18 @@ enum virtio_bufshare_state {
 	VIRTIO_BUFSHARE_ST_MAPPED    = 6,
 	VIRTIO_BUFSHARE_ST_REVOKED   = 7,
 };
+
 struct virtio_bufshare_handle {
 	struct virtio_bufshare_req hdr;
 	__le64 handle; /* QUERY_LINGER: index */
 };
+
 struct virtio_bufshare_set_name {
 	struct virtio_bufshare_req hdr;
 	__le64 handle;
 	__u8 name[32];
 };
+
 struct virtio_bufshare_resp_state { /* RELEASE, QUERY, QUERY_LINGER */
 	struct virtio_bufshare_resp hdr;
 	__le32 state;
@@ -225,6 +232,7 @@ struct virtio_bufshare_attach {
 	__le32 access;
 	__le32 max_metadata; /* bytes of metadata[] that the response can take */
 };
+
 struct virtio_bufshare_resp_attach {
 	struct virtio_bufshare_resp hdr;
 	__le64 handle;
@@ -247,6 +255,7 @@ enum virtio_bufshare_cache {
 	VIRTIO_BUFSHARE_CACHE_UNCACHED = 2,
 	VIRTIO_BUFSHARE_CACHE_WC       = 3,
 };
+
 struct virtio_bufshare_map {
 	struct virtio_bufshare_req hdr;
 	__le64 handle;     /* attachment */
@@ -257,12 +266,14 @@ struct virtio_bufshare_map {
 	__le32 nr_segments; /* F_COPY only, else 0 */
 	/* struct virtio_bufshare_segment segments[nr_segments]; */
 };
+
 struct virtio_bufshare_resp_map {
 	struct virtio_bufshare_resp hdr;
 	__le64 mapping; /* not 0; never reused before device reset */
 	__le32 cache;
 	__le32 reserved;
 };
+
 struct virtio_bufshare_unmap {
 	struct virtio_bufshare_req hdr;
 	__le64 mapping;
@@ -280,16 +291,19 @@ struct virtio_bufshare_sync { /* flags in hdr.flags */
 	__le64 len;        /* bytes; 0: to the end */
 	__le64 timeout_ns; /* relative; at most max_wait_ms */
 };
+
 struct virtio_bufshare_resp_sync {
 	struct virtio_bufshare_resp hdr;
 	__le64 generation;
 };
+
 enum virtio_bufshare_timeline {
 	VIRTIO_BUFSHARE_TL_ACQUIRE = 0, /* "content is ready", one per buffer; signal: WRITE */
 	/* "I am done": one per attachment and lease, signalled by its holder; the exporter's */
 	/* WAIT ends when every holder reached the point or is gone */
 	VIRTIO_BUFSHARE_TL_RELEASE = 1,
 };
+
 struct virtio_bufshare_point {
 	struct virtio_bufshare_req hdr;
 	__le64 handle;
@@ -298,10 +312,12 @@ struct virtio_bufshare_point {
 	__le64 point;      /* SIGNAL: must advance its timeline, else INVAL */
 	__le64 timeout_ns; /* WAIT only */
 };
+
 struct virtio_bufshare_resp_point {
 	struct virtio_bufshare_resp hdr;
 	__le64 reached;
 };
+
 struct virtio_bufshare_cancel { /* control queue */
 	struct virtio_bufshare_req hdr;
 	__le64 handle;
@@ -317,6 +333,7 @@ struct virtio_bufshare_peer_info {
 	__le32 index;
 	__le32 reserved;
 };
+
 struct virtio_bufshare_resp_peer_info {
 	struct virtio_bufshare_resp hdr;
 	__le32 nr_peers;
