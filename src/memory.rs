@@ -73,8 +73,8 @@ pub struct FileSegment {
 /// Why a list of segments is refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
-    /// A segment without bytes, one that wraps, or two that overlap.
-    #[error("segment {0} is empty, wraps around, or overlaps another")]
+    /// A segment without bytes, or two that overlap.
+    #[error("segment {0} is empty or overlaps another")]
     Malformed(u32),
     /// Their sum is not the size of the buffer.
     #[error("the segments hold {sum} bytes, the buffer {size}")]
@@ -84,8 +84,8 @@ pub enum Refusal {
         /// Bytes of the buffer.
         size: u64,
     },
-    /// Address or length is no multiple of the granule.
-    #[error("segment {0} is not aligned to {GRANULE} bytes")]
+    /// Address or length is no multiple of the granule, or the end does not fit 64 bits.
+    #[error("segment {0} is not aligned to {GRANULE} bytes, or wraps around")]
     Misaligned(u32),
     /// Not in shareable guest memory.
     #[error("segment {0} is not shareable memory of the guest")]
@@ -156,16 +156,14 @@ impl MemoryMap {
         (addr.checked_sub(region.start)? < region.len).then_some(region)
     }
 
-    /// Translates the segments of an EXPORT of `size` bytes. They may cross regions; what is
-    /// adjacent in the file becomes one. The flag says whether all of it is sealed.
+    /// Translates segments that [`check_shape`] accepted. They may cross regions; what is adjacent
+    /// in the file becomes one. The flag says whether all of it is sealed.
     pub fn translate(
         &self,
         segments: &[Segment],
-        size: u64,
         max_segments: u32,
         allow_unsealed: bool,
     ) -> Result<(Vec<FileSegment>, bool), Refusal> {
-        check_shape(segments, size)?;
         let mut out: Vec<FileSegment> = Vec::with_capacity(segments.len().min(64));
         let mut sealed = true;
         let mut region = None::<&Region>;
@@ -188,7 +186,7 @@ impl MemoryMap {
                 let len = left.min(here.len.saturating_sub(into));
                 let offset = here.file_start.checked_add(into).ok_or(Refusal::NotMemory(index))?;
                 push(&mut out, &here.file, offset, len);
-                addr = addr.checked_add(len).ok_or(Refusal::Malformed(index))?;
+                addr = addr.checked_add(len).ok_or(Refusal::Misaligned(index))?;
                 left = left.saturating_sub(len);
             }
         }
@@ -199,26 +197,27 @@ impl MemoryMap {
     }
 }
 
-/// Judges what needs no map: alignment, emptiness, wrapping, overlap, sum.
-fn check_shape(segments: &[Segment], size: u64) -> Result<(), Refusal> {
-    let mut sum = 0u64;
+/// Judges what needs no map: emptiness, overlap and sum, then alignment and wrapping.
+pub fn check_shape(segments: &[Segment], size: u64) -> Result<(), Refusal> {
+    let mut sum = Some(0u64);
     let mut last_end = 0u64;
     let mut ascending = true;
+    let mut misaligned = None;
     for (index, segment) in (0u32..).zip(segments) {
         let (addr, len) = (segment.addr.get(), segment.len.get());
-        if (addr | len) & GRANULE.wrapping_sub(1) != 0 {
-            return Err(Refusal::Misaligned(index));
-        }
-        let end = addr.checked_add(len).ok_or(Refusal::Malformed(index))?;
-        sum = sum.checked_add(len).ok_or(Refusal::Malformed(index))?;
         if len == 0 {
             return Err(Refusal::Malformed(index));
         }
+        let end = addr.checked_add(len);
+        if end.is_none() || (addr | len) & GRANULE.wrapping_sub(1) != 0 {
+            misaligned = misaligned.or(Some(index));
+        }
+        sum = sum.and_then(|sum| sum.checked_add(len));
         ascending &= addr >= last_end;
-        last_end = end;
+        last_end = end.unwrap_or(u64::MAX);
     }
-    if sum != size {
-        return Err(Refusal::Sum { sum, size });
+    if sum != Some(size) {
+        return Err(Refusal::Sum { sum: sum.unwrap_or(u64::MAX), size });
     }
     if !ascending {
         let mut order: Vec<(u64, u64, u32)> = (0u32..)
@@ -232,7 +231,7 @@ fn check_shape(segments: &[Segment], size: u64) -> Result<(), Refusal> {
             }
         }
     }
-    Ok(())
+    misaligned.map_or(Ok(()), |index| Err(Refusal::Misaligned(index)))
 }
 
 fn push(out: &mut Vec<FileSegment>, file: &Arc<File>, offset: u64, len: u64) {

@@ -35,7 +35,8 @@ fn pc() -> MemoryMap {
 
 fn translate(map: &MemoryMap, list: &[(u64, u64)]) -> Result<Vec<(u64, u64)>, Refusal> {
     let size = list.iter().map(|(_, len)| len * PAGE).sum();
-    let (out, sealed) = map.translate(&pages(list), size, 8, false)?;
+    check_shape(&pages(list), size)?;
+    let (out, sealed) = map.translate(&pages(list), 8, false)?;
     assert!(sealed);
     Ok(out.iter().map(|segment| (segment.offset / PAGE, segment.len / PAGE)).collect())
 }
@@ -59,15 +60,13 @@ fn what_is_outside_ram_faults_with_its_index() {
 fn shape_is_judged_before_the_map() {
     let map = MemoryMap::default();
     let odd = [Segment { addr: 1.into(), len: PAGE.into() }];
-    assert_eq!(map.translate(&odd, PAGE, 8, false).unwrap_err(), Refusal::Misaligned(0));
-    assert_eq!(
-        map.translate(&pages(&[(0, 1)]), 2 * PAGE, 8, false).unwrap_err(),
-        Refusal::Sum { sum: PAGE, size: 2 * PAGE }
-    );
+    assert_eq!(check_shape(&odd, PAGE), Err(Refusal::Misaligned(0)));
+    let sum = Refusal::Sum { sum: PAGE, size: 2 * PAGE };
+    assert_eq!(check_shape(&odd, 2 * PAGE), Err(sum), "INVAL goes before RANGE");
     assert_eq!(translate(&map, &[(3, 2), (0, 1), (4, 1)]), Err(Refusal::Malformed(2)));
     assert_eq!(translate(&map, &[(3, 0)]), Err(Refusal::Malformed(0)));
     let wraps = [Segment { addr: (u64::MAX - PAGE + 1).into(), len: PAGE.into() }];
-    assert_eq!(map.translate(&wraps, PAGE, 8, false).unwrap_err(), Refusal::Malformed(0));
+    assert_eq!(check_shape(&wraps, PAGE), Err(Refusal::Misaligned(0)));
 }
 
 #[test]
@@ -86,7 +85,7 @@ fn unsealed_memory_needs_leave() {
     let ram = memfd(4, SealFlags::empty());
     let map = MemoryMap::new(vec![region(0, 4, &ram, 0)]);
     assert_eq!(translate(&map, &[(0, 1)]), Err(Refusal::Unsealed(0)));
-    let (_, sealed) = map.translate(&pages(&[(0, 1)]), PAGE, 8, true).unwrap();
+    let (_, sealed) = map.translate(&pages(&[(0, 1)]), 8, true).unwrap();
     assert!(!sealed);
 }
 
@@ -112,7 +111,9 @@ proptest! {
                 _ => None,
             })
             .collect();
-        if let Ok((out, _)) = map.translate(&pages(&list), size, 1000, false) {
+        let shape = check_shape(&pages(&list), size);
+        let whole = shape.and_then(|()| map.translate(&pages(&list), 1000, false));
+        if let Ok((out, _)) = whole {
             let got: Vec<u64> =
                 out.iter().flat_map(|s| s.offset / PAGE..(s.offset + s.len) / PAGE).collect();
             prop_assert_eq!(Some(got), wanted);

@@ -48,6 +48,11 @@ impl Backing {
         self.kind
     }
 
+    /// How bytes travel between the exporter and consumers.
+    pub fn mode(&self) -> Mode {
+        if self.private.is_some() { Mode::Copy } else { Mode::ZeroCopy }
+    }
+
     /// The exporter's pages of a part: `len` bytes from byte `offset`.
     pub fn part(&self, offset: u64, len: u64) -> io::Result<Vec<FileSegment>> {
         memory::slice(&self.pages, offset, len)

@@ -68,14 +68,14 @@ pub struct CopyTicket {
 }
 
 impl<H: Clone> Registry<H> {
-    /// BEGIN of the exporter. Its waits are bounded by its quota and by `ring_room`: BUSY above.
+    /// BEGIN of the exporter; `token` is the device's number for the chain. Its waits are bounded by
+    /// its quota and by `ring_room`: BUSY above.
     pub fn begin_exporter(
         &mut self,
         session: SessionId,
         handle: HandleId,
         request: SyncRequest,
-        token: u64,
-        ring_room: u32,
+        (token, ring_room): (u64, u32),
         now: Duration,
     ) -> Result<Begun, Status> {
         let key = self.key(session, handle)?;
@@ -113,10 +113,10 @@ impl<H: Clone> Registry<H> {
         now: Duration,
     ) -> Result<Begun, Status> {
         let buffer = self.buffers.get_mut(&key).ok_or(Status::NoEnt)?;
-        check(buffer, allowed, &request)?;
         if holder == Holder::Exporter && buffer.phase != Phase::Live {
             return Err(Status::Canceled);
         }
+        check(buffer, allowed, &request)?;
         let generation = buffer.generation;
         if buffer.sync.as_ref().is_none_or(|sync| sync.may_begin(holder, request.bits)) {
             buffer.sync().begin(holder, request.bits);

@@ -10,6 +10,7 @@ use uuid::Uuid;
 
 use super::{Buffer, Description, Foreign, Grant, Holder, Notice, Phase, Registry};
 use crate::ids::{Access, BufferKey, HandleId, PeerId, SessionId};
+use crate::limits::GRANULE;
 use crate::policy::Allowed;
 use crate::protocol::{Mode, NAME_LEN, State, Status};
 
@@ -77,13 +78,15 @@ pub struct HandleState {
 impl<H: Clone> Registry<H> {
     /// Judges an EXPORT and charges it. Returns the pool's memory where it is a part.
     ///
-    /// QUOTA above a quota; NOENT where the pool is no live export of this VM; RANGE where the part
-    /// is outside of it; ACCESS where it wants more than the pool.
+    /// QUOTA above a quota, or where `too_big` says that it exceeds a bound of the configuration
+    /// space; NOENT where the pool is no live export of this VM; RANGE where the part is outside of it
+    /// or not aligned; ACCESS where it wants more than the pool.
     pub fn begin_export(
         &mut self,
         session: SessionId,
         what: Description,
         part: Option<Part>,
+        too_big: bool,
     ) -> Result<(Ticket, Option<H>), Status> {
         let vm = self.vm(session)?;
         let mut pool = None;
@@ -93,17 +96,17 @@ impl<H: Clone> Registry<H> {
             let (key, parent) = found
                 .filter(|(_, parent)| parent.session == session && parent.phase == Phase::Live)
                 .ok_or(Status::NoEnt)?;
-            let end = part.offset.checked_add(what.size).ok_or(Status::Range)?;
-            if end > parent.what.size {
-                return Err(Status::Range);
-            }
             if !parent.what.access.contains(what.access) {
                 return Err(Status::Access);
+            }
+            let end = part.offset.checked_add(what.size).ok_or(Status::Range)?;
+            if end > parent.what.size || !(part.offset | what.size).is_multiple_of(GRANULE) {
+                return Err(Status::Range);
             }
             pool = parent.backing.clone().map(|backing| (key, backing));
         }
         let bytes = vm.bytes.checked_add(what.size).ok_or(Status::Quota)?;
-        if vm.exports >= vm.quota.max_exports || bytes > vm.quota.max_total_size {
+        if too_big || vm.exports >= vm.quota.max_exports || bytes > vm.quota.max_total_size {
             return Err(Status::Quota);
         }
         let vm = self.vm_mut(session)?;

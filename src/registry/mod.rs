@@ -29,7 +29,7 @@ pub use access::{Begun, Copy, CopyTicket, Ended, SyncRequest};
 pub use buffer::{Buffer, Description, Foreign, Grant, Lease, Phase};
 pub use exporter::{Exported, GrantRequest, HandleState, Part, Ticket};
 pub use host::{Acquired, BufferInfo, LeaseInfo};
-pub use session::{Event, EventKind};
+pub use session::{Event, EventKind, PeerView};
 pub use sync::{Holder, Origin, Waiter};
 
 use crate::ids::{BufferKey, ClientId, HandleId, LeaseId, PeerId, SessionId};

@@ -7,6 +7,7 @@ use uuid::Uuid;
 
 use super::{BufferKey, Holder, Phase, Registry};
 use crate::ids::{HandleId, PeerId, SessionId};
+use crate::limits::Quota;
 use crate::protocol::Status;
 
 /// What an event says.
@@ -110,6 +111,11 @@ impl<H: Clone> Registry<H> {
     /// How many exports of earlier sessions are still in use.
     pub fn lingering(&self, peer: PeerId) -> u32 {
         self.vms.get(&peer).map_or(0, |vm| vm.lingering)
+    }
+
+    /// The VM's quota; the default one for a VM that is not configured.
+    pub fn quota(&self, peer: PeerId) -> Quota {
+        self.vms.get(&peer).map(|vm| vm.quota).unwrap_or_default()
     }
 
     /// The VM's epoch.

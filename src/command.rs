@@ -1,0 +1,293 @@
+//! Bytes of a request → a typed command, judged as far as bytes alone can tell
+//! (spec "Device operation", the order of checks).
+//!
+//! It knows neither rings nor buffers; it works on a private copy of the request. What it refuses
+//! has changed nothing.
+
+use std::time::Duration;
+
+use uuid::Uuid;
+use zerocopy::{FromBytes, Immutable, KnownLayout};
+
+use crate::ids::{Access, Cookie, HandleId, PeerId};
+use crate::limits::MAX_RAW_SEGMENTS;
+use crate::protocol::{
+    self as wire, NAME_LEN, Opcode, Segment, Status, feature, flag, metadata, vq,
+};
+use crate::registry::{Description, GrantRequest, SyncRequest};
+
+/// Bytes of a request that are copied at most: the largest EXPORT, with more metadata than any
+/// device accepts, so that too much of it is told from too few bytes.
+pub const MAX_REQUEST: usize =
+    size_of::<wire::Export>() + MAX_RAW_SEGMENTS as usize * size_of::<Segment>() + 8192;
+
+/// A request that says what it wants.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum Command {
+    Export(Export),
+    Grant(GrantRequest),
+    Release { handle: HandleId, force: bool },
+    Query { handle: HandleId },
+    SetName { handle: HandleId, name: [u8; NAME_LEN] },
+    PeerInfo { index: u32 },
+    Cancel { handle: HandleId, cookie: Cookie },
+    Begin { handle: HandleId, sync: SyncRequest },
+    End { handle: HandleId, sync: SyncRequest },
+}
+
+/// EXPORT.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Export {
+    /// What it is for.
+    pub what: Description,
+    /// Guest memory, or with `pool` one range of the pool.
+    pub segments: Vec<Segment>,
+    /// F_PART: the pool.
+    pub pool: Option<Uuid>,
+    /// F_ZERO_COPY.
+    pub zero_copy: bool,
+}
+
+/// A request as it came off a queue.
+#[derive(Debug, Clone, Copy)]
+pub struct Raw<'a> {
+    /// The device-readable part, up to [`MAX_REQUEST`].
+    pub bytes: &'a [u8],
+    /// Bytes of the device-readable part.
+    pub readable: u64,
+    /// Bytes of the device-writable part.
+    pub room: u64,
+    /// Which virtqueue.
+    pub queue: u16,
+    /// Negotiated feature bits.
+    pub features: u64,
+}
+
+impl Raw<'_> {
+    fn has(&self, bit: u32) -> bool {
+        self.features >> bit & 1 != 0
+    }
+
+    /// Judges the request. The error is the status of the response.
+    pub fn parse(&self) -> Result<Command, Status> {
+        let (hdr, _) = wire::Req::ref_from_prefix(self.bytes).ok().ok_or(Status::Inval)?;
+        let opcode = Opcode::from_wire(hdr.kind.get()).ok_or(Status::Unsupp)?;
+        let sync = matches!(opcode, Opcode::Sync | Opcode::PointSignal | Opcode::PointWait);
+        if (self.queue == vq::SYNC) != sync {
+            return Err(Status::Unsupp);
+        }
+        let flags = hdr.flags.get();
+        if !sync && hdr.cookie.get() != 0 && self.supported(opcode) {
+            self.sizes(opcode)?;
+            return Err(Status::Inval);
+        }
+        match opcode {
+            Opcode::Export => self.export(flags),
+            Opcode::Grant => self.grant(flags),
+            Opcode::Release => {
+                let req: wire::Handle = self.fixed(opcode, flags, flag::RELEASE_FORCE)?;
+                Ok(Command::Release { handle: id(req.handle), force: flags != 0 })
+            }
+            Opcode::Query => {
+                let req: wire::Handle = self.fixed(opcode, flags, 0)?;
+                Ok(Command::Query { handle: id(req.handle) })
+            }
+            Opcode::SetName => {
+                let req: wire::SetName = self.fixed(opcode, flags, 0)?;
+                check_name(&req.name)?;
+                Ok(Command::SetName { handle: id(req.handle), name: req.name })
+            }
+            Opcode::PeerInfo if self.has(feature::PEERS) => {
+                let req: wire::PeerInfo = self.fixed(opcode, flags, 0)?;
+                reserved(req.reserved.get())?;
+                Ok(Command::PeerInfo { index: req.index.get() })
+            }
+            Opcode::Cancel => {
+                let req: wire::Cancel = self.fixed(opcode, flags, 0)?;
+                reserved(req.reserved.get())?;
+                Ok(Command::Cancel { handle: id(req.handle), cookie: Cookie(req.cookie.get()) })
+            }
+            Opcode::Sync => self.sync(flags),
+            _ => Err(Status::Unsupp),
+        }
+    }
+
+    fn supported(&self, opcode: Opcode) -> bool {
+        response_len(opcode).is_some() && (opcode != Opcode::PeerInfo || self.has(feature::PEERS))
+    }
+
+    /// Judges the lengths of both parts, without the arrays behind the fixed one.
+    fn sizes(&self, opcode: Opcode) -> Result<(), Status> {
+        let need = request_len(opcode).ok_or(Status::Unsupp)?;
+        let answer = response_len(opcode).ok_or(Status::Unsupp)?;
+        if self.readable < need as u64 || self.room < answer as u64 {
+            return Err(Status::Inval);
+        }
+        Ok(())
+    }
+
+    /// The fixed part of a request whose lengths and flags are right.
+    fn fixed<T>(&self, opcode: Opcode, flags: u16, known: u16) -> Result<T, Status>
+    where
+        T: FromBytes + KnownLayout + Immutable,
+    {
+        self.sizes(opcode)?;
+        if flags & !known != 0 {
+            return Err(Status::Inval);
+        }
+        T::read_from_prefix(self.bytes).map(|(value, _)| value).ok().ok_or(Status::Inval)
+    }
+
+    fn export(&self, flags: u16) -> Result<Command, Status> {
+        if flags & (flag::EXPORT_DEVICE_MEMORY | flag::EXPORT_OBJECT) != 0 {
+            return Err(Status::Unsupp);
+        }
+        let known = flag::EXPORT_ZERO_COPY | flag::EXPORT_PART;
+        let req: wire::Export = self.fixed(Opcode::Export, flags, known)?;
+        let segments_len = u64::from(req.nr_segments.get()) * size_of::<Segment>() as u64;
+        let metadata_at = size_of::<wire::Export>() as u64 + segments_len;
+        let metadata_len = req.metadata_len.get();
+        if metadata_at + u64::from(metadata_len) > self.readable {
+            return Err(Status::Inval);
+        }
+        let part = flags & flag::EXPORT_PART != 0;
+        let segments_ok = req.nr_segments.get() != 0 && (!part || req.nr_segments.get() == 1);
+        let object_ok = part || req.object == [0; 16];
+        let access = Access::from_bits(req.access.get()).filter(|access| !access.is_none());
+        let access = access.ok_or(Status::Inval)?;
+        if !segments_ok || !object_ok || req.size.get() == 0 {
+            return Err(Status::Inval);
+        }
+        check_name(&req.name)?;
+        if req.nr_segments.get() > MAX_RAW_SEGMENTS {
+            return Err(Status::TooMany);
+        }
+        let rest = self.bytes.get(size_of::<wire::Export>()..).ok_or(Status::Inval)?;
+        let count = usize::try_from(req.nr_segments.get()).ok().ok_or(Status::TooMany)?;
+        let (segments, rest) =
+            <[Segment]>::ref_from_prefix_with_elems(rest, count).ok().ok_or(Status::Inval)?;
+        let metadata_len = usize::try_from(metadata_len).ok().ok_or(Status::Quota)?;
+        // Present, or it was refused above; what is not copied is more than any device accepts.
+        let bytes = rest.get(..metadata_len).ok_or(Status::Quota)?;
+        check_metadata(req.metadata_type.get(), bytes, req.size.get())?;
+        Ok(Command::Export(Export {
+            what: Description {
+                size: req.size.get(),
+                access,
+                name: req.name,
+                metadata_type: req.metadata_type.get(),
+                metadata: bytes.into(),
+            },
+            segments: segments.to_vec(),
+            pool: part.then(|| Uuid::from_bytes(req.object)),
+            zero_copy: flags & flag::EXPORT_ZERO_COPY != 0,
+        }))
+    }
+
+    fn grant(&self, flags: u16) -> Result<Command, Status> {
+        let known = flag::GRANT_ONCE | flag::GRANT_FORCE;
+        let req: wire::Grant = self.fixed(Opcode::Grant, flags, known)?;
+        let access = Access::from_bits(req.access.get()).ok_or(Status::Inval)?;
+        let force = flags & flag::GRANT_FORCE != 0;
+        if force && !access.is_none() {
+            return Err(Status::Inval);
+        }
+        Ok(Command::Grant(GrantRequest {
+            handle: id(req.handle),
+            to: PeerId(req.peer_id.get()),
+            access,
+            once: flags & flag::GRANT_ONCE != 0,
+            force,
+            lifetime: Duration::from_millis(req.lifetime_ms.get()),
+        }))
+    }
+
+    fn sync(&self, flags: u16) -> Result<Command, Status> {
+        let known = flag::SYNC_END | flag::SYNC_READ | flag::SYNC_WRITE | flag::SYNC_NONBLOCK;
+        let req: wire::Sync = self.fixed(Opcode::Sync, flags, known)?;
+        let bits =
+            Access { read: flags & flag::SYNC_READ != 0, write: flags & flag::SYNC_WRITE != 0 };
+        if bits.is_none() {
+            return Err(Status::Inval);
+        }
+        let sync = SyncRequest {
+            bits,
+            offset: req.offset.get(),
+            len: req.len.get(),
+            nonblock: flags & flag::SYNC_NONBLOCK != 0,
+            timeout: Duration::from_nanos(req.timeout_ns.get()),
+            cookie: Cookie(req.hdr.cookie.get()),
+        };
+        let handle = id(req.handle);
+        Ok(if flags & flag::SYNC_END != 0 {
+            Command::End { handle, sync }
+        } else {
+            Command::Begin { handle, sync }
+        })
+    }
+}
+
+/// Bytes of a request without its arrays; `None` for what is not served.
+fn request_len(opcode: Opcode) -> Option<usize> {
+    Some(match opcode {
+        Opcode::Export => size_of::<wire::Export>(),
+        Opcode::Grant => size_of::<wire::Grant>(),
+        Opcode::Release | Opcode::Query => size_of::<wire::Handle>(),
+        Opcode::SetName => size_of::<wire::SetName>(),
+        Opcode::PeerInfo => size_of::<wire::PeerInfo>(),
+        Opcode::Cancel => size_of::<wire::Cancel>(),
+        Opcode::Sync => size_of::<wire::Sync>(),
+        _ => return None,
+    })
+}
+
+/// Bytes of the response to a request that succeeds; `None` for what is not served.
+fn response_len(opcode: Opcode) -> Option<usize> {
+    Some(match opcode {
+        Opcode::Export => size_of::<wire::RespExport>(),
+        Opcode::Grant | Opcode::SetName | Opcode::Cancel => size_of::<wire::Resp>(),
+        Opcode::Release | Opcode::Query => size_of::<wire::RespState>(),
+        Opcode::PeerInfo => size_of::<wire::RespPeerInfo>(),
+        Opcode::Sync => size_of::<wire::RespSync>(),
+        _ => return None,
+    })
+}
+
+fn id(handle: zerocopy::byteorder::little_endian::U64) -> HandleId {
+    HandleId(handle.get())
+}
+
+fn reserved(value: u32) -> Result<(), Status> {
+    if value == 0 { Ok(()) } else { Err(Status::Inval) }
+}
+
+/// UTF-8, then NULs up to the end.
+fn check_name(name: &[u8; NAME_LEN]) -> Result<(), Status> {
+    let end = name.iter().position(|byte| *byte == 0).unwrap_or(NAME_LEN);
+    let (text, padding) = name.split_at(end);
+    let good = std::str::from_utf8(text).is_ok() && padding.iter().all(|byte| *byte == 0);
+    if good { Ok(()) } else { Err(Status::Inval) }
+}
+
+fn check_metadata(kind: u32, bytes: &[u8], size: u64) -> Result<(), Status> {
+    match kind {
+        metadata::NONE if bytes.is_empty() => Ok(()),
+        metadata::IMAGE => check_image(bytes, size),
+        metadata::PRIVATE.. => Ok(()),
+        _ => Err(Status::Inval),
+    }
+}
+
+fn check_image(bytes: &[u8], size: u64) -> Result<(), Status> {
+    let image = wire::Image::read_from_bytes(bytes).ok().ok_or(Status::Inval)?;
+    let planes = usize::try_from(image.nr_planes.get()).ok().ok_or(Status::Inval)?;
+    let used = image.planes.get(..planes).filter(|used| !used.is_empty()).ok_or(Status::Inval)?;
+    let inside = used.iter().all(|plane| plane.offset.get() < size);
+    let clean = image.planes.iter().all(|plane| plane.reserved.get() == 0);
+    if inside && clean { Ok(()) } else { Err(Status::Inval) }
+}
+
+#[cfg(test)]
+#[path = "command_tests.rs"]
+mod tests;

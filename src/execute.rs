@@ -1,0 +1,146 @@
+//! One command of a VM, from judging it to its reply: registry, effects with the lock released,
+//! registry.
+//!
+//! It knows the order of steps, not bytes on rings, and keeps no state of its own.
+
+use uuid::Uuid;
+
+use crate::command::{Command, Export};
+use crate::dmabuf::Wish;
+use crate::hub::Hub;
+use crate::ids::{PeerId, SessionId};
+use crate::limits::MAX_METADATA;
+use crate::memory::{self, FileSegment, MemoryMap, Refusal};
+use crate::policy::Allowed;
+use crate::protocol::{Mode, Segment, Status};
+use crate::registry::{Begun, Exported, Part};
+use crate::reply::{Refused, Reply};
+
+/// What the executing VM brings along.
+#[derive(Debug, Clone, Copy)]
+pub struct Context<'a> {
+    /// Whose command it is.
+    pub session: SessionId,
+    /// Its memory.
+    pub map: &'a MemoryMap,
+    /// Copies of RAM that could be truncated are allowed.
+    pub unsealed_ram: bool,
+    /// The device's number for this chain, should it have to wait.
+    pub token: u64,
+    /// Sync requests that the ring has room for.
+    pub ring_room: u32,
+}
+
+/// Executes a command. `None`: it waits, and [`Hub::take_done`] will tell.
+pub fn execute(hub: &Hub, vm: Context<'_>, command: Command) -> Option<Result<Reply, Refused>> {
+    let session = vm.session;
+    let done = |result: Result<(), Status>| result.map(|()| Reply::Done).map_err(Refused::from);
+    Some(match command {
+        Command::Export(request) => export(hub, vm, request),
+        Command::Grant(request) => done(hub.with(|r, now| r.grant(session, request, now))),
+        Command::Release { handle, force } => {
+            let look = hub.read(|r| r.look_before_release(session, handle));
+            if let Some(key) = look {
+                hub.observe(key);
+            }
+            let state = hub.with(|r, _| r.release(session, handle, force));
+            state.map(Reply::State).map_err(Refused::from)
+        }
+        Command::Query { handle } => {
+            hub.read(|r| r.query(session, handle)).map(Reply::State).map_err(Refused::from)
+        }
+        Command::SetName { handle, name } => {
+            done(hub.with(|r, _| r.set_name(session, handle, name)))
+        }
+        Command::PeerInfo { index } => {
+            hub.read(|r| r.peer_info(session.peer, index)).map(Reply::Peer).map_err(Refused::from)
+        }
+        Command::Cancel { handle, cookie } => {
+            done(hub.with(|r, _| r.cancel_exporter(session, handle, cookie)))
+        }
+        Command::Begin { handle, sync } => {
+            let (token, room) = (vm.token, vm.ring_room);
+            match hub.with(|r, now| r.begin_exporter(session, handle, sync, (token, room), now)) {
+                Ok(Begun::Now(generation)) => Ok(Reply::Synced { generation }),
+                Ok(Begun::Waits) => return None,
+                Err(status) => Err(status.into()),
+            }
+        }
+        Command::End { handle, sync } => hub
+            .with(|r, _| r.end_exporter(session, handle, sync))
+            .and_then(|ended| hub.finish_end(ended))
+            .map(|generation| Reply::Synced { generation })
+            .map_err(Refused::from),
+    })
+}
+
+fn export(hub: &Hub, vm: Context<'_>, request: Export) -> Result<Reply, Refused> {
+    let Export { what, segments, pool, zero_copy } = request;
+    let size = what.size;
+    let name = String::from_utf8_lossy(&what.name).trim_end_matches('\0').to_owned();
+    let too_big =
+        what.metadata.len() > MAX_METADATA as usize || size > hub.max_buffer_size(vm.session);
+    let part = match pool {
+        Some(pool) => Some(Part { pool, offset: part_offset(&segments, size)? }),
+        None => {
+            memory::check_shape(&segments, size).map_err(refused)?;
+            None
+        }
+    };
+    let (ticket, parent) = hub.with(|r, _| r.begin_export(vm.session, what, part, too_big))?;
+    let made = pages(hub, vm, &segments, part, parent.as_deref(), size)
+        .and_then(|(pages, sealed)| {
+            let allowed = hub.policy.allows(vm.session.peer, PeerId::HOST) != Allowed::ReadOnly;
+            let wish = Wish { may_share: sealed && allowed, must_share: zero_copy };
+            hub.dmabufs.make(pages, size, wish, &name).map_err(Refused::from)
+        })
+        .map(|(backing, mode)| {
+            let observable = backing.kind() == crate::dmabuf::FdKind::DmaBuf;
+            Exported { backing: backing.into(), mode, uuid: Uuid::new_v4(), observable }
+        });
+    drop(parent);
+    let (made, refusal) = match made {
+        Ok(made) => (Ok(made), None),
+        Err(refusal) => (Err(refusal.status), Some(refusal)),
+    };
+    let entered = hub.with(|r, _| r.finish_export(ticket, made));
+    match (entered, refusal) {
+        (_, Some(refusal)) => Err(refusal),
+        (Err(status), None) => Err(status.into()),
+        (Ok((handle, uuid, mode)), None) => Ok(Reply::Exported { handle, uuid, mode }),
+    }
+}
+
+/// The one segment of an EXPORT with F_PART: an offset in the pool.
+fn part_offset(segments: &[Segment], size: u64) -> Result<u64, Refused> {
+    match segments {
+        [one] if one.len.get() == size => Ok(one.addr.get()),
+        _ => Err(Status::Inval.into()),
+    }
+}
+
+/// The file segments of an export, and whether they are sealed.
+fn pages(
+    hub: &Hub,
+    vm: Context<'_>,
+    segments: &[Segment],
+    part: Option<Part>,
+    parent: Option<&crate::dmabuf::Backing>,
+    size: u64,
+) -> Result<(Vec<FileSegment>, bool), Refused> {
+    let (Some(part), Some(parent)) = (part, parent) else {
+        let max = hub.dmabufs.max_segments();
+        return vm.map.translate(segments, max, vm.unsealed_ram).map_err(refused);
+    };
+    let pages = parent.part(part.offset, size).map_err(|error| {
+        log::debug!("part of a pool: {error}");
+        Refused::from(Status::Range)
+    })?;
+    Ok((pages, parent.mode() == Mode::ZeroCopy))
+}
+
+fn refused(refusal: Refusal) -> Refused {
+    log::debug!("EXPORT refused: {refusal}");
+    let (status, detail) = refusal.status();
+    Refused { status, detail }
+}

@@ -1,0 +1,340 @@
+//! Where VMs and the host meet: the registry behind its lock, and everybody's wake-up.
+//!
+//! This is the file to audit for isolation. It knows who must be told, not what is said: bytes are
+//! made by `reply` and `host`. The lock is never held across IO; descriptors close, and references
+//! are counted, with the lock released. When a VM or client disconnects, what it leaves is settled by
+//! the registry and told to the others from here.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use log::{error, warn};
+use uuid::Uuid;
+
+use crate::dmabuf::{Backing, DmaBufs};
+use crate::ids::{Access, BufferKey, ClientId, Cookie, LeaseId, PeerId, SessionId};
+use crate::limits::Quota;
+use crate::metrics::Metrics;
+use crate::policy::Policy;
+use crate::protocol::Status;
+use crate::registry::{
+    Acquired, Begun, BufferInfo, Done, Ended, Notice, Origin, Outbox, Registry, SyncRequest,
+};
+
+/// Memory behind a buffer, shared between the registry and whoever uses it right now.
+pub type Memory = Arc<Backing>;
+
+/// A VM that the operator configured.
+#[derive(Debug, Clone)]
+pub struct VmSpec {
+    /// The operator's name for it.
+    pub name: String,
+    /// Its quotas.
+    pub quota: Quota,
+}
+
+/// News for the host socket, since it asked last.
+#[derive(Debug, Default)]
+pub struct HostNews {
+    /// BEGINs that ended.
+    pub done: Vec<(ClientId, Cookie, Status, u64)>,
+    /// What happened to buffers, in order.
+    pub notices: Vec<Notice>,
+}
+
+/// What one VM's worker waits for.
+#[derive(Debug)]
+struct Port {
+    wake: File,
+    done: Mutex<Vec<Done>>,
+}
+
+/// The daemon's shared state.
+#[derive(Debug)]
+pub struct Hub {
+    registry: Mutex<Registry<Memory>>,
+    ports: BTreeMap<PeerId, Port>,
+    news: Mutex<HostNews>,
+    host_wake: File,
+    start: Instant,
+    /// Makes memory for exports.
+    pub dmabufs: DmaBufs,
+    /// Who may share with whom.
+    pub policy: Policy,
+    /// Counters.
+    pub metrics: Metrics,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Nothing panics while it holds a lock; if it did, the state is still the last consistent one.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn raise(wake: &File) {
+    // EAGAIN: the counter is full, so the reader is awake already.
+    if let Err(error) = rustix::io::write(wake, &1u64.to_ne_bytes())
+        && error != rustix::io::Errno::AGAIN
+    {
+        error!("a wake-up was lost: {error}");
+    }
+}
+
+/// Reads a wake-up eventfd empty.
+pub fn consume(wake: &File) {
+    let mut count = [0; 8];
+    // EAGAIN: a spurious wake-up.
+    let _ = rustix::io::read(wake, &mut count);
+}
+
+impl Hub {
+    /// A hub for these VMs, numbered from 2 in their order.
+    pub fn new(vms: &[VmSpec], policy: Policy, dmabufs: DmaBufs) -> io::Result<Hub> {
+        // An epoch that differs from that of the daemon before us, most likely.
+        let [a, b, c, d, ..] = *Uuid::new_v4().as_bytes();
+        let epoch = u32::from_le_bytes([a, b, c, d]);
+        let peers = (PeerId::FIRST_VM.0..).map(PeerId);
+        let entries =
+            peers.clone().zip(vms).map(|(peer, vm)| (peer, vm.name.clone(), vm.quota, epoch));
+        let registry = Registry::new(policy.clone(), entries);
+        let mut ports = BTreeMap::new();
+        for (peer, _) in peers.zip(vms) {
+            ports.insert(peer, Port { wake: crate::ioctl::eventfd()?, done: Mutex::default() });
+        }
+        Ok(Hub {
+            registry: Mutex::new(registry),
+            ports,
+            news: Mutex::default(),
+            host_wake: crate::ioctl::eventfd()?,
+            start: Instant::now(),
+            dmabufs,
+            policy,
+            metrics: Metrics::default(),
+        })
+    }
+
+    /// Time since the daemon's start: the registry's clock.
+    pub fn now(&self) -> Duration {
+        self.start.elapsed()
+    }
+
+    /// Runs one operation on the registry, then everything that follows from it.
+    pub fn with<T>(&self, operation: impl FnOnce(&mut Registry<Memory>, Duration) -> T) -> T {
+        let (result, outbox) = {
+            let mut registry = lock(&self.registry);
+            let result = operation(&mut registry, self.now());
+            (result, registry.take_outbox())
+        };
+        self.dispatch(outbox);
+        result
+    }
+
+    /// Reads the registry.
+    pub fn read<T>(&self, operation: impl FnOnce(&Registry<Memory>) -> T) -> T {
+        operation(&lock(&self.registry))
+    }
+
+    fn dispatch(&self, mut outbox: Outbox<Memory>) {
+        let mut wake_host = false;
+        loop {
+            wake_host |= self.deliver(&mut outbox);
+            drop(std::mem::take(&mut outbox.drop));
+            if outbox.observe.is_empty() {
+                break;
+            }
+            let mut found = Vec::new();
+            for key in std::mem::take(&mut outbox.observe) {
+                let Some(memory) = lock(&self.registry).backing(key) else { continue };
+                found.push((key, self.held_elsewhere(&memory)));
+            }
+            let mut registry = lock(&self.registry);
+            for (key, held) in found {
+                registry.observed(key, held, self.now());
+            }
+            outbox = registry.take_outbox();
+        }
+        if wake_host {
+            raise(&self.host_wake);
+        }
+    }
+
+    fn held_elsewhere(&self, memory: &Backing) -> bool {
+        self.metrics.observations.add(1);
+        self.dmabufs.held_elsewhere(memory).unwrap_or_else(|error| {
+            warn!("references to a dma-buf cannot be counted, so it counts as held: {error}");
+            true
+        })
+    }
+
+    /// Counts the foreign references of a buffer now.
+    pub fn observe(&self, key: BufferKey) {
+        let Some(memory) = self.read(|registry| registry.backing(key)) else { return };
+        let held = self.held_elsewhere(&memory);
+        drop(memory);
+        self.with(|registry, now| registry.observed(key, held, now));
+    }
+
+    /// Bytes of one export at most: what the host's kernel and the VM's quota allow.
+    pub fn max_buffer_size(&self, session: SessionId) -> u64 {
+        let quota = self.read(|registry| registry.quota(session.peer));
+        self.dmabufs.max_size().min(quota.max_total_size)
+    }
+
+    /// Tells VMs and clients. Returns whether the host socket's thread has something to do.
+    fn deliver(&self, outbox: &mut Outbox<Memory>) -> bool {
+        let mut wake_host = std::mem::take(&mut outbox.clock);
+        for done in std::mem::take(&mut outbox.done) {
+            match done.origin {
+                Origin::Vm(peer, _) => {
+                    if let Some(port) = self.ports.get(&peer) {
+                        lock(&port.done).push(done);
+                        outbox.wake.insert(peer);
+                    }
+                }
+                Origin::Client(client, cookie) => {
+                    lock(&self.news).done.push((client, cookie, done.status, done.generation));
+                    wake_host = true;
+                }
+            }
+        }
+        if !outbox.notices.is_empty() {
+            lock(&self.news).notices.append(&mut outbox.notices);
+            wake_host = true;
+        }
+        for peer in std::mem::take(&mut outbox.wake) {
+            if let Some(port) = self.ports.get(&peer) {
+                raise(&port.wake);
+            }
+        }
+        wake_host
+    }
+
+    /// Readable when the VM's worker has an event to deliver or a wait that ended.
+    pub fn vm_wake(&self, peer: PeerId) -> Option<&File> {
+        self.ports.get(&peer).map(|port| &port.wake)
+    }
+
+    /// The VM's waits that ended since the last call.
+    pub fn take_done(&self, peer: PeerId) -> Vec<Done> {
+        self.ports.get(&peer).map(|port| std::mem::take(&mut *lock(&port.done))).unwrap_or_default()
+    }
+
+    /// Starts a session of a VM.
+    pub fn open_session(&self, peer: PeerId, connected: bool) -> Option<SessionId> {
+        self.metrics.sessions.add(1);
+        self.with(|registry, _| registry.open_session(peer, connected))
+    }
+
+    /// Ends a session.
+    pub fn close_session(&self, session: SessionId) {
+        self.with(|registry, _| registry.close_session(session));
+    }
+
+    // What the host socket needs.
+
+    /// Readable when [`take_host_news`](Self::take_host_news) has something, or a deadline may have
+    /// come nearer.
+    pub fn host_wake(&self) -> &File {
+        &self.host_wake
+    }
+
+    /// News since the last call.
+    pub fn take_host_news(&self) -> HostNews {
+        std::mem::take(&mut *lock(&self.news))
+    }
+
+    /// Does what is due, and says how long until something is due again. The host socket's thread is
+    /// the daemon's only clock.
+    pub fn tick(&self) -> Option<Duration> {
+        self.with(Registry::tick);
+        let next = self.read(Registry::next_deadline)?;
+        Some(next.saturating_sub(self.now()))
+    }
+
+    /// Every buffer that the host may acquire or holds a lease of.
+    pub fn host_list(&self) -> Vec<BufferInfo> {
+        self.read(Registry::host_list)
+    }
+
+    /// One of them.
+    pub fn host_info(&self, uuid: Uuid) -> Option<BufferInfo> {
+        self.read(|registry| registry.host_info(uuid))
+    }
+
+    /// ACQUIRE.
+    pub fn host_acquire(
+        &self,
+        client: ClientId,
+        uuid: Uuid,
+        access: Access,
+        zero_copy: bool,
+    ) -> Result<Acquired<Memory>, Status> {
+        self.with(|registry, now| registry.acquire(client, uuid, access, zero_copy, now))
+    }
+
+    /// RELEASE of a lease.
+    pub fn host_release(&self, client: ClientId, lease: LeaseId) -> Result<(), Status> {
+        self.with(|registry, _| registry.end_lease(client, lease))
+    }
+
+    /// BEGIN of a lease. Where it waits, [`HostNews::done`] tells the end under the request's cookie.
+    pub fn host_begin(
+        &self,
+        client: ClientId,
+        lease: LeaseId,
+        sync: SyncRequest,
+        full: bool,
+    ) -> Result<Begun, Status> {
+        self.with(|registry, now| registry.begin_lease(client, lease, sync, full, now))
+    }
+
+    /// END of a lease. Returns the generation.
+    pub fn host_end(
+        &self,
+        client: ClientId,
+        lease: LeaseId,
+        sync: SyncRequest,
+    ) -> Result<u64, Status> {
+        let ended = self.with(|registry, _| registry.end_access(client, lease, sync))?;
+        self.finish_end(ended)
+    }
+
+    /// Carries out the copy that an END asks for. IO where it failed.
+    pub fn finish_end(&self, ended: Ended<Memory>) -> Result<u64, Status> {
+        let (ticket, copy) = match ended {
+            Ended::Now(generation) => return Ok(generation),
+            Ended::Copy(ticket, copy) => (ticket, copy),
+        };
+        let copied = copy.backing.copy(copy.offset, copy.len, copy.from_exporter);
+        drop(copy);
+        match &copied {
+            Ok(bytes) => self.metrics.bytes_copied.add(*bytes),
+            Err(error) => warn!("a copy failed: {error}"),
+        }
+        let generation = self.with(|registry, _| registry.finish_copy(ticket, copied.is_ok()));
+        copied.map(|_| generation).ok().ok_or(Status::Io)
+    }
+
+    /// CANCEL of a client's BEGIN.
+    pub fn host_cancel(&self, client: ClientId, cookie: Cookie) -> Result<(), Status> {
+        self.with(|registry, _| registry.cancel_client(client, cookie))
+    }
+
+    /// A client is gone.
+    pub fn client_gone(&self, client: ClientId) {
+        self.with(|registry, _| registry.client_gone(client));
+    }
+
+    /// Every counter and level with its name.
+    pub fn stats(&self) -> Vec<(String, u64)> {
+        let mut list = self.metrics.list();
+        self.read(|registry| {
+            list.push(("buffers".to_owned(), registry.buffer_count() as u64));
+            list.push(("bytes_exported".to_owned(), registry.bytes_charged()));
+            list.push(("leases".to_owned(), registry.lease_count() as u64));
+        });
+        list
+    }
+}

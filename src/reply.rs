@@ -1,0 +1,117 @@
+//! Outcomes → bytes of a response or event (spec "Device operation", "Events").
+//!
+//! It knows layouts, not where the bytes go.
+
+use zerocopy::IntoBytes;
+
+use crate::ids::PeerId;
+use crate::protocol::{self as wire, Mode, Opcode, PEER_NAME_LEN, Status, peer};
+use crate::registry::{Event, EventKind, HandleState, PeerView};
+use crate::{ids::HandleId, metrics::Metrics};
+use uuid::Uuid;
+
+/// A request that did what it says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum Reply {
+    Done,
+    Exported { handle: HandleId, uuid: Uuid, mode: Mode },
+    State(HandleState),
+    Peer(PeerView),
+    Synced { generation: u64 },
+}
+
+/// A request that was refused and changed nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Refused {
+    /// Why.
+    pub status: Status,
+    /// FAULT: index of the segment.
+    pub detail: u32,
+}
+
+impl From<Status> for Refused {
+    fn from(status: Status) -> Refused {
+        Refused { status, detail: 0 }
+    }
+}
+
+/// The bytes of a response; counted.
+pub fn response(outcome: &Result<Reply, Refused>, metrics: &Metrics) -> Vec<u8> {
+    let hdr = wire::Resp::default();
+    let refused = match outcome {
+        Ok(_) => Refused { status: Status::Ok, detail: 0 },
+        Err(refused) => *refused,
+    };
+    metrics.answered(refused.status);
+    match outcome {
+        Err(Refused { status, detail }) => {
+            wire::Resp { status: status.to_wire().into(), detail: (*detail).into(), ..hdr }
+                .as_bytes()
+                .to_vec()
+        }
+        Ok(Reply::Done) => hdr.as_bytes().to_vec(),
+        Ok(Reply::Exported { handle, uuid, mode }) => wire::RespExport {
+            hdr,
+            handle: handle.0.into(),
+            uuid: *uuid.as_bytes(),
+            mode: mode.to_wire().into(),
+            reserved: 0.into(),
+        }
+        .as_bytes()
+        .to_vec(),
+        Ok(Reply::State(state)) => wire::RespState {
+            hdr,
+            state: state.state.to_wire().into(),
+            use_count: state.use_count.into(),
+            nr_mappings: 0.into(),
+            access: state.access.bits().into(),
+            size: state.size.into(),
+            generation: state.generation.into(),
+            uuid: *state.uuid.as_bytes(),
+        }
+        .as_bytes()
+        .to_vec(),
+        Ok(Reply::Peer(view)) => peer_info(hdr, view).as_bytes().to_vec(),
+        Ok(Reply::Synced { generation }) => {
+            wire::RespSync { hdr, generation: (*generation).into() }.as_bytes().to_vec()
+        }
+    }
+}
+
+fn peer_info(hdr: wire::Resp, view: &PeerView) -> wire::RespPeerInfo {
+    let mut name = [0; PEER_NAME_LEN];
+    for (to, from) in name.iter_mut().zip(view.name.as_bytes()) {
+        *to = *from;
+    }
+    wire::RespPeerInfo {
+        hdr,
+        nr_peers: view.nr_peers.into(),
+        peer_id: view.peer.0.into(),
+        flags: (u32::from(view.online) * peer::F_ONLINE).into(),
+        epoch: view.epoch.into(),
+        name,
+    }
+}
+
+/// The bytes of an event.
+pub fn event(event: &Event) -> wire::Event {
+    let kind = match event.kind {
+        EventKind::Released => Opcode::EvtReleased,
+        EventKind::Idle => Opcode::EvtIdle,
+        EventKind::Busy => Opcode::EvtBusy,
+        EventKind::Peer => Opcode::EvtPeer,
+        EventKind::Resync => Opcode::EvtResync,
+    };
+    let (handle, uuid) = event.export.unzip();
+    wire::Event {
+        kind: kind.to_wire().into(),
+        handle: handle.map_or(0, |handle| handle.0).into(),
+        uuid: uuid.map_or([0; 16], Uuid::into_bytes),
+        peer_id: event.peer.unwrap_or(PeerId(peer::NONE)).0.into(),
+        size: event.size.into(),
+        generation: event.generation.into(),
+        epoch: event.epoch.into(),
+        ..Default::default()
+    }
+}
