@@ -75,7 +75,7 @@ in_guest() {
             *) [ -z "$line" ] || printf '%s\n' "$line" ;;
         esac
     done
-    echo "no answer from guest $1 within $2 s to: $3"
+    echo "guest $1 died or gave no answer within $2 s to: $3"
     return 124
 }
 guest() { in_guest "$1" 30 "$2"; }
