@@ -216,6 +216,13 @@ impl Hub {
         self.ports.get(&peer).map(|port| &port.wake)
     }
 
+    /// Wakes the VM's worker.
+    pub fn wake_vm(&self, peer: PeerId) {
+        if let Some(port) = self.ports.get(&peer) {
+            raise(&port.wake);
+        }
+    }
+
     /// The VM's waits that ended since the last call.
     pub fn take_done(&self, peer: PeerId) -> Vec<Done> {
         self.ports.get(&peer).map(|port| std::mem::take(&mut *lock(&port.done))).unwrap_or_default()

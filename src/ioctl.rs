@@ -113,15 +113,16 @@ pub fn dma_buf_set_name(fd: BorrowedFd<'_>, name: &std::ffi::CStr) -> io::Result
     call(fd, iow(b'b', 1, 8), name.as_ptr().cast_mut().cast()).map(drop)
 }
 
-/// Takes over a descriptor that this process inherited at start-up (`fd=N`).
+/// Takes over a descriptor that nobody else owns: one that this process inherited at start-up
+/// (`fd=N`), or one that was given up with `into_raw_fd`.
 ///
-/// Call it once per number, before threads or other descriptors exist. EBADF where it is not open.
-pub fn inherit_fd(number: i32) -> io::Result<OwnedFd> {
+/// Call it once per number. EBADF where it is not open.
+pub fn adopt_fd(number: i32) -> io::Result<OwnedFd> {
     // SAFETY: F_GETFD takes no pointer; a number that is not open answers EBADF.
     if unsafe { libc::fcntl(number, libc::F_GETFD) } < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: it is open, and start-up calls this once per number, so that nobody else owns it.
+    // SAFETY: it is open, and nobody else owns it, as the caller knows.
     let fd = unsafe { OwnedFd::from_raw_fd(number) };
     rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC)?;
     Ok(fd)
@@ -230,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn inheriting_a_closed_fd_is_an_error() {
-        assert_eq!(inherit_fd(1_000_000).unwrap_err().raw_os_error(), Some(libc::EBADF));
+    fn adopting_a_closed_fd_is_an_error() {
+        assert_eq!(adopt_fd(1_000_000).unwrap_err().raw_os_error(), Some(libc::EBADF));
     }
 }

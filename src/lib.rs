@@ -1,5 +1,7 @@
 //! Buffer sharing across virtual machines: the daemon's library.
+pub mod args;
 pub mod command;
+pub mod device;
 pub mod dmabuf;
 pub mod execute;
 pub mod host;
@@ -14,3 +16,4 @@ pub mod protocol;
 pub mod queue;
 pub mod registry;
 pub mod reply;
+pub mod serve;

@@ -1,2 +1,143 @@
-//! The daemon's entry point.
-fn main() {}
+//! vhost-device-bufshare: the start-up order, written once.
+//!
+//! Arguments, then what needs privileges (udmabuf, sockets), then threads. It knows the order, not
+//! what the parts do.
+
+use std::error::Error;
+use std::io;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use bufshare::args::{Args, Settings, Socket, Vm};
+use bufshare::device::Options;
+use bufshare::dmabuf::DmaBufs;
+use bufshare::hub::{Hub, VmSpec};
+use bufshare::ids::PeerId;
+use bufshare::policy::Policy;
+use bufshare::{ioctl, protocol, serve};
+use clap::Parser;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+fn main() -> ExitCode {
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info"))
+        .format_timestamp_millis()
+        .init();
+    let args = Args::parse();
+    if args.print_capabilities {
+        let capabilities = serde_json::json!({
+            "type": "bufshare",
+            "virtio-id": protocol::DEVICE_ID,
+            "queues": protocol::vq::COUNT,
+            "config-size": size_of::<protocol::Config>(),
+        });
+        println!("{capabilities:#}");
+        return ExitCode::SUCCESS;
+    }
+    let result = args.settings().map_err(Box::from).and_then(run);
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            complain(&*error);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn complain(error: &dyn Error) {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    log::error!("{text}");
+}
+
+fn run(settings: Settings) -> Result<(), Box<dyn Error>> {
+    raise_fd_limit();
+    let dmabufs = DmaBufs::new(&settings.udmabuf, settings.require_zero_copy)?;
+    let mut listeners = Vec::new();
+    for vm in &settings.vms {
+        listeners.push(listen(vm)?);
+    }
+    let spec = |vm: &Vm| VmSpec { name: vm.name.clone(), quota: vm.quota };
+    let specs: Vec<VmSpec> = settings.vms.iter().map(spec).collect();
+    let hub = Arc::new(Hub::new(&specs, Policy::new(settings.rules), dmabufs)?);
+    for ((peer, vm), listener) in
+        (PeerId::FIRST_VM.0..).map(PeerId).zip(&settings.vms).zip(listeners)
+    {
+        let options = Options {
+            name: vm.name.clone(),
+            unsealed_ram: vm.unsealed_ram,
+            revoke_on_stop: vm.revoke_on_stop,
+        };
+        serve::spawn(hub.clone(), peer, options, listener)?;
+    }
+    clock(&hub)
+}
+
+/// Does what is due, for ever.
+fn clock(hub: &Hub) -> Result<(), Box<dyn Error>> {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    loop {
+        let wait = hub.tick().map(Timespec::try_from).transpose()?;
+        poll(&mut [PollFd::new(hub.host_wake(), PollFlags::IN)], wait.as_ref())?;
+        bufshare::hub::consume(hub.host_wake());
+        drop(hub.take_host_news());
+    }
+}
+
+/// Each export is a descriptor.
+fn raise_fd_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
+        log::warn!("the limit of open files stays at {:?}: {error}", limit.current);
+    }
+}
+
+fn listen(vm: &Vm) -> io::Result<UnixListener> {
+    match &vm.socket {
+        Socket::Path(path) => bind(path).map_err(|error| {
+            let hint = match error.kind() {
+                io::ErrorKind::NotFound => "create its directory first",
+                io::ErrorKind::PermissionDenied => "choose a directory that this user may write",
+                io::ErrorKind::AddrInUse => {
+                    "another daemon serves it: stop that one, or choose another path"
+                }
+                _ => "choose another path",
+            };
+            let text =
+                format!("cannot listen on {} for {}: {error}; {hint}", path.display(), vm.name);
+            io::Error::new(error.kind(), text)
+        }),
+        Socket::Fd(number) => {
+            let fd = ioctl::adopt_fd(*number).map_err(|error| {
+                let hint = "the service manager must pass a listening socket under this number";
+                io::Error::new(
+                    error.kind(),
+                    format!("fd={number} for {}: {error}; {hint}", vm.name),
+                )
+            })?;
+            Ok(UnixListener::from(fd))
+        }
+    }
+}
+
+/// Binds a socket; a stale file that nobody listens on makes way.
+fn bind(path: &Path) -> io::Result<UnixListener> {
+    match UnixListener::bind(path) {
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+            let stale = UnixStream::connect(path)
+                .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused);
+            if !stale {
+                return Err(error);
+            }
+            std::fs::remove_file(path)?;
+            UnixListener::bind(path)
+        }
+        bound => bound,
+    }
+}

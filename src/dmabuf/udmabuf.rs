@@ -64,7 +64,7 @@ impl Device {
             Source::Off => return Ok(None),
             Source::Auto => open_node(Path::new(NODE))?,
             Source::Path(path) => open_node(path)?,
-            Source::Fd(number) => crate::ioctl::inherit_fd(*number).map_err(|error| {
+            Source::Fd(number) => crate::ioctl::adopt_fd(*number).map_err(|error| {
                 let hint = "the service manager must pass an open /dev/udmabuf under this number";
                 io::Error::new(error.kind(), format!("--udmabuf fd:{number}: {error}; {hint}"))
             })?,

@@ -123,8 +123,8 @@ impl<H: Clone> Registry<H> {
         self.vms.get(&peer).map_or(0, |vm| vm.epoch)
     }
 
-    /// What to tell the VM next.
-    pub fn next_event(&mut self, session: SessionId) -> Option<Event> {
+    /// What to tell the VM next; of peers only if it negotiated that.
+    pub fn next_event(&mut self, session: SessionId, peers: bool) -> Option<Event> {
         let peer = session.peer;
         let vm = self.vms.get_mut(&peer).filter(|vm| vm.session == Some(session))?;
         let blank = Event {
@@ -139,7 +139,7 @@ impl<H: Clone> Registry<H> {
         if vm.resync {
             return Some(blank);
         }
-        if let Some(other) = vm.peers_changed.first().copied() {
+        if let Some(other) = vm.peers_changed.first().copied().filter(|_| peers) {
             let epoch = self.epoch(other);
             return Some(Event { kind: EventKind::Peer, peer: Some(other), epoch, ..blank });
         }

@@ -1,0 +1,377 @@
+//! One VM's device: vhost-user back end, rings, sessions.
+//!
+//! | queue | what the worker does with a chain |
+//! |---|---|
+//! | 0 control | answers it before it takes the next |
+//! | 1 event | keeps it in the ring until there is an event |
+//! | 2 sync | answers it, or parks it until its wait ends |
+//!
+//! Not offered: ACCESS_PLATFORM (the framework has no IOTLB), packed ring, IN_ORDER (sync requests
+//! complete in any order), and of vhost-user SHARED_OBJECT, INFLIGHT_SHMFD, STATUS and
+//! INBAND_NOTIFICATIONS; no migration while a buffer is live.
+//!
+//! A VM's rings are touched only by that VM's worker; others raise its eventfd. It does not know
+//! other VMs. A disconnect, or a guest that resets its device, ends the session: handles die, and
+//! pages that the host still holds linger. A ring that stops ends nothing.
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+
+use log::{debug, error, info, warn};
+use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
+use vhost_user_backend::{VhostUserBackend, VringT};
+use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::bindings::virtio_ring::{
+    VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
+};
+use virtio_queue::QueueT;
+use vm_memory::GuestAddressSpace;
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::event::{
+    EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier,
+};
+use zerocopy::IntoBytes;
+
+use crate::command::Raw;
+use crate::execute::{Context, execute};
+use crate::hub::{Hub, consume};
+use crate::ids::{PeerId, SessionId};
+use crate::limits;
+use crate::memory::MemoryMap;
+use crate::protocol::{self as wire, Status, feature, vq};
+use crate::queue::{Chain, Memory, Rings, Slot, Vring};
+use crate::reply::{self, Refused, Reply};
+
+/// Number of the wake-up among the worker's events; the framework owns those up to the queue count.
+pub const WAKE: u64 = vq::COUNT as u64 + 1;
+const VHOST_USER_F_PROTOCOL_FEATURES: u32 = 30;
+
+/// What the operator says of a VM's device.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// For messages.
+    pub name: String,
+    /// Copies of RAM that its owner could truncate are allowed.
+    pub unsealed_ram: bool,
+    /// A stop of the rings revokes everything, as a reset does.
+    pub revoke_on_stop: bool,
+}
+
+/// What only the worker touches.
+#[derive(Debug)]
+struct Worker {
+    session: SessionId,
+    rings: Rings,
+    parked: HashMap<u64, Slot>,
+    next_token: u64,
+}
+
+/// The device of one connection.
+pub struct Device {
+    hub: Arc<Hub>,
+    peer: PeerId,
+    options: Options,
+    features: AtomicU64,
+    reset: AtomicBool,
+    map: RwLock<Arc<MemoryMap>>,
+    worker: Mutex<Worker>,
+    /// For the main channel, which must know whether the guest could be between two sessions.
+    vrings: Mutex<Vec<Vring>>,
+    exit: Mutex<Option<i32>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Device {
+    /// A device for a new connection of a VM; `memory` is what the framework fills.
+    ///
+    /// `None` for a VM that is not configured.
+    pub fn new(hub: Arc<Hub>, peer: PeerId, options: Options, memory: Memory) -> Option<Device> {
+        let session = hub.open_session(peer, true)?;
+        Some(Device {
+            hub,
+            peer,
+            options,
+            features: AtomicU64::new(0),
+            reset: AtomicBool::new(false),
+            map: RwLock::default(),
+            worker: Mutex::new(Worker {
+                session,
+                rings: Rings::new(memory),
+                parked: HashMap::new(),
+                next_token: 0,
+            }),
+            vrings: Mutex::default(),
+            exit: Mutex::default(),
+        })
+    }
+
+    /// The connection is over and its threads have ended.
+    pub fn close(&self) {
+        self.hub.close_session(lock(&self.worker).session);
+        // The framework leaves this descriptor open for ever.
+        if let Some(number) = lock(&self.exit).take()
+            && let Err(error) = crate::ioctl::adopt_fd(number)
+        {
+            warn!("{}: the exit event was closed already: {error}", self.options.name);
+        }
+    }
+
+    /// Everything that the worker has to do at the moment.
+    fn run(&self, vrings: &[Vring]) {
+        let mut worker = lock(&self.worker);
+        let running = Rings::running(vrings);
+        let reset = self.reset.swap(false, Ordering::AcqRel);
+        if reset || (running && worker.rings.were_reset(vrings)) {
+            self.reset_session(&mut worker);
+        }
+        if !running {
+            return;
+        }
+        for queue in [vq::CONTROL, vq::EVENT, vq::SYNC] {
+            worker.rings.flush(vrings, queue);
+        }
+        self.answer_done(&mut worker, vrings);
+        for queue in [vq::CONTROL, vq::SYNC] {
+            self.drain(&mut worker, vrings, queue);
+        }
+        self.answer_done(&mut worker, vrings);
+        self.deliver_events(&mut worker, vrings);
+    }
+
+    fn reset_session(&self, worker: &mut Worker) {
+        info!("{}: the guest reset its device", self.options.name);
+        worker.rings.reset();
+        worker.parked.clear();
+        self.hub.close_session(worker.session);
+        match self.hub.open_session(self.peer, false) {
+            Some(session) => worker.session = session,
+            None => error!("{}: no session for a VM that had one", self.options.name),
+        }
+    }
+
+    /// Answers every chain of a queue. Notifications stay off meanwhile, and the ring is looked at once
+    /// more after they are on again.
+    fn drain(&self, worker: &mut Worker, vrings: &[Vring], queue: u16) {
+        let Some(vring) = vrings.get(usize::from(queue)) else { return };
+        loop {
+            if let Err(error) = vring.disable_notification() {
+                return debug!("{}: queue {queue}: {error}", self.options.name);
+            }
+            while let Some(chain) = worker.rings.take(vrings, queue) {
+                self.answer(worker, vrings, queue, chain);
+            }
+            match vring.enable_notification() {
+                Ok(true) => {}
+                Ok(false) => return,
+                Err(error) => return debug!("{}: queue {queue}: {error}", self.options.name),
+            }
+        }
+    }
+
+    fn answer(&self, worker: &mut Worker, vrings: &[Vring], queue: u16, chain: Chain) {
+        let Chain { slot, bytes, readable, sound } = chain;
+        if !sound || slot.room < size_of::<wire::Resp>() as u64 {
+            self.hub.metrics.malformed_chains.add(1);
+            return worker.rings.give(vrings, queue, slot, Vec::new());
+        }
+        let features = self.features.load(Ordering::Relaxed);
+        let raw = Raw { bytes: &bytes, readable, room: slot.room, queue, features };
+        let token = worker.next_token;
+        worker.next_token += 1;
+        let queue_size =
+            vrings.get(usize::from(vq::SYNC)).map_or(0, |v| v.get_ref().get_queue().size());
+        let map = self.map.read().unwrap_or_else(PoisonError::into_inner).clone();
+        let context = Context {
+            session: worker.session,
+            map: &map,
+            unsealed_ram: self.options.unsealed_ram,
+            token,
+            ring_room: u32::from(queue_size.saturating_sub(2)),
+        };
+        let outcome = match raw.parse() {
+            Ok(command) => execute(&self.hub, context, command),
+            Err(status) => Some(Err(Refused::from(status))),
+        };
+        match outcome {
+            Some(outcome) => {
+                let bytes = reply::response(&outcome, &self.hub.metrics);
+                worker.rings.give(vrings, queue, slot, bytes);
+            }
+            None => {
+                worker.parked.insert(token, slot);
+            }
+        }
+    }
+
+    /// Answers the parked requests whose wait ended.
+    fn answer_done(&self, worker: &mut Worker, vrings: &[Vring]) {
+        for done in self.hub.take_done(self.peer) {
+            let crate::registry::Origin::Vm(_, token) = done.origin else { continue };
+            // A token of before a reset is parked no more.
+            let Some(slot) = worker.parked.remove(&token) else { continue };
+            let outcome = match done.status {
+                Status::Ok => Ok(Reply::Synced { generation: done.generation }),
+                status => Err(Refused::from(status)),
+            };
+            let bytes = reply::response(&outcome, &self.hub.metrics);
+            worker.rings.give(vrings, vq::SYNC, slot, bytes);
+        }
+    }
+
+    /// Delivers events as long as there are both events and buffers for them.
+    fn deliver_events(&self, worker: &mut Worker, vrings: &[Vring]) {
+        let peers = self.features.load(Ordering::Relaxed) >> feature::PEERS & 1 != 0;
+        let session = worker.session;
+        while let Some(event) = self.hub.with(|r, _| r.next_event(session, peers)) {
+            let Some(chain) = worker.rings.take(vrings, vq::EVENT) else { return };
+            let fits = chain.sound && chain.slot.room >= u64::from(limits::EVENT_SIZE);
+            let bytes = if fits { reply::event(&event).as_bytes().to_vec() } else { Vec::new() };
+            if fits {
+                self.hub.metrics.events.add(1);
+                self.hub.with(|r, _| r.event_told(session, event));
+            } else {
+                self.hub.with(|r, _| r.resync(self.peer));
+            }
+            worker.rings.give(vrings, vq::EVENT, chain.slot, bytes);
+        }
+    }
+
+    fn config(&self) -> wire::Config {
+        let quota = self.hub.read(|r| r.quota(self.peer));
+        let (epoch, lingering) = self.hub.read(|r| (r.epoch(self.peer), r.lingering(self.peer)));
+        // A guest that reset its device reads this before its rings run again; what the session that is
+        // still open leaves behind is not known yet.
+        let unknown = {
+            let vrings = lock(&self.vrings);
+            !vrings.is_empty() && !Rings::running(&vrings)
+        };
+        wire::Config {
+            peer_id: self.peer.0.into(),
+            epoch: epoch.into(),
+            granule: (limits::GRANULE as u32).into(),
+            max_segments: self.hub.dmabufs.max_segments().into(),
+            max_buffer_size: self.hub.dmabufs.max_size().min(quota.max_total_size).into(),
+            max_total_size: quota.max_total_size.into(),
+            max_exports: quota.max_exports.into(),
+            max_attachments: 0.into(),
+            max_mappings: 0.into(),
+            max_metadata: limits::MAX_METADATA.into(),
+            event_size: limits::EVENT_SIZE.into(),
+            max_wait_ms: u32::try_from(limits::MAX_WAIT.as_millis()).unwrap_or(u32::MAX).into(),
+            lingering: if unknown { u32::MAX } else { lingering }.into(),
+            max_waits: quota.max_waits.into(),
+        }
+    }
+}
+
+impl VhostUserBackend for Device {
+    type Bitmap = ();
+    type Vring = Vring;
+
+    fn num_queues(&self) -> usize {
+        vq::COUNT
+    }
+
+    fn max_queue_size(&self) -> usize {
+        limits::MAX_QUEUE_SIZE.into()
+    }
+
+    fn features(&self) -> u64 {
+        [
+            VIRTIO_F_VERSION_1,
+            VIRTIO_RING_F_EVENT_IDX,
+            VIRTIO_RING_F_INDIRECT_DESC,
+            VHOST_USER_F_PROTOCOL_FEATURES,
+            feature::PEERS,
+        ]
+        .iter()
+        .fold(0, |bits, bit| bits | 1 << bit)
+    }
+
+    fn acked_features(&self, features: u64) {
+        self.features.store(features, Ordering::Relaxed);
+    }
+
+    fn protocol_features(&self) -> Protocol {
+        Protocol::MQ | Protocol::CONFIG | Protocol::REPLY_ACK | Protocol::RESET_DEVICE
+    }
+
+    fn set_event_idx(&self, _enabled: bool) {
+        // The rings were told by the framework.
+    }
+
+    fn reset_device(&self) {
+        self.reset.store(true, Ordering::Release);
+        self.hub.wake_vm(self.peer);
+    }
+
+    fn stop_vring(&self, _queue: u32) -> io::Result<()> {
+        if self.options.revoke_on_stop {
+            self.reset_device();
+        }
+        Ok(())
+    }
+
+    fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
+        let config = self.config();
+        let range = usize::try_from(offset).ok().zip(usize::try_from(size).ok());
+        let end = range.and_then(|(offset, size)| Some((offset, offset.checked_add(size)?)));
+        end.and_then(|(from, to)| config.as_bytes().get(from..to)).unwrap_or_default().to_vec()
+    }
+
+    fn update_memory(&self, memory: Memory) -> io::Result<()> {
+        let map = MemoryMap::of_guest(&memory.memory());
+        if map.has_unsealed() && !self.options.unsealed_ram {
+            warn!(
+                "{}: its RAM is not sealed against shrinking, so EXPORT of it will be refused: use \
+                 `-object memory-backend-memfd,share=on`, or accept copies with the key unsealed-ram",
+                self.options.name
+            );
+        }
+        *self.map.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(map);
+        Ok(())
+    }
+
+    fn exit_event(&self, _thread: usize) -> Option<(EventConsumer, EventNotifier)> {
+        let pair = new_event_consumer_and_notifier(EventFlag::NONBLOCK | EventFlag::CLOEXEC);
+        match pair {
+            Ok((consumer, notifier)) => {
+                *lock(&self.exit) = Some(consumer.as_raw_fd());
+                Some((consumer, notifier))
+            }
+            Err(error) => {
+                error!("{}: no exit event: {error}", self.options.name);
+                None
+            }
+        }
+    }
+
+    /// Never an error: that would end the worker silently.
+    fn handle_event(
+        &self,
+        event: u16,
+        _set: EventSet,
+        vrings: &[Vring],
+        _thread: usize,
+    ) -> io::Result<()> {
+        if u64::from(event) == WAKE
+            && let Some(wake) = self.hub.vm_wake(self.peer)
+        {
+            consume(wake);
+        }
+        {
+            let mut known = lock(&self.vrings);
+            if known.is_empty() {
+                *known = vrings.to_vec();
+            }
+        }
+        self.run(vrings);
+        Ok(())
+    }
+}

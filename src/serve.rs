@@ -1,0 +1,101 @@
+//! One thread a VM: accepts a connection of its VMM, serves it until it ends, accepts the next.
+//!
+//! It knows sockets and the framework's threads, not what is said on them.
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use log::{debug, error, info, warn};
+use vhost::vhost_user::Listener;
+use vhost_user_backend::VhostUserDaemon;
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use vmm_sys_util::epoll::EventSet;
+
+use crate::device::{Device, Options, WAKE};
+use crate::hub::Hub;
+use crate::ids::PeerId;
+
+/// Serves one VM for ever, on a thread of its own.
+pub fn spawn(
+    hub: Arc<Hub>,
+    peer: PeerId,
+    options: Options,
+    socket: UnixListener,
+) -> io::Result<thread::JoinHandle<()>> {
+    thread::Builder::new().name(format!("vm-{}", options.name)).spawn(move || {
+        loop {
+            if let Err(error) = connection(&hub, peer, &options, &socket) {
+                error!("{}: {error}", options.name);
+                // Out of descriptors, say: not a reason to spin.
+                thread::sleep(Duration::from_millis(100));
+            }
+        }
+    })
+}
+
+fn connection(
+    hub: &Arc<Hub>,
+    peer: PeerId,
+    options: &Options,
+    socket: &UnixListener,
+) -> io::Result<()> {
+    let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
+    let wake = hub.vm_wake(peer).ok_or_else(|| io::Error::other("the VM is not configured"))?;
+    wait_readable(socket)?;
+    let mut listener = Listener::from(socket.try_clone()?);
+    let device = Device::new(hub.clone(), peer, options.clone(), memory.clone());
+    let device = Arc::new(device.ok_or_else(|| io::Error::other("the VM is not configured"))?);
+    let result = serve(options, &mut listener, &device, memory, wake.as_raw_fd());
+    device.close();
+    result
+}
+
+fn serve(
+    options: &Options,
+    listener: &mut Listener,
+    device: &Arc<Device>,
+    memory: GuestMemoryAtomic<GuestMemoryMmap>,
+    wake: i32,
+) -> io::Result<()> {
+    let name = format!("vu-{}", options.name);
+    let mut daemon = VhostUserDaemon::new(name, device.clone(), memory).map_err(framework)?;
+    for handler in daemon.get_epoll_handlers() {
+        handler.register_listener(wake, EventSet::IN, WAKE)?;
+    }
+    daemon.start(listener).map_err(framework)?;
+    info!("{}: connected", options.name);
+    match daemon.wait() {
+        Ok(()) => info!("{}: disconnected", options.name),
+        Err(vhost_user_backend::Error::HandleRequest(
+            vhost::vhost_user::Error::Disconnected | vhost::vhost_user::Error::PartialMessage,
+        )) => info!("{}: disconnected", options.name),
+        Err(error) => warn!(
+            "{}: the connection ended: {error}; is the front end a vhost-user one for device 37?",
+            options.name
+        ),
+    }
+    debug!("{}: threads end", options.name);
+    Ok(())
+}
+
+/// The framework's errors are no `std::error::Error`.
+fn framework(error: vhost_user_backend::Error) -> io::Error {
+    io::Error::other(error.to_string())
+}
+
+/// Waits for a connection: before one comes there is no session.
+fn wait_readable(listener: &UnixListener) -> io::Result<()> {
+    use rustix::event::{PollFd, PollFlags, poll};
+    loop {
+        let mut fds = [PollFd::new(listener, PollFlags::IN)];
+        match poll(&mut fds, None) {
+            Ok(_) => return Ok(()),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
