@@ -146,12 +146,14 @@ impl Hub {
             }
             let mut found = Vec::new();
             for key in std::mem::take(&mut outbox.observe) {
-                let Some(memory) = lock(&self.registry).backing(key) else { continue };
-                found.push((key, self.held_elsewhere(&memory)));
+                let Some((look, memory)) = self.read(|registry| registry.look(key)) else {
+                    continue;
+                };
+                found.push((look, self.held_elsewhere(&memory)));
             }
             let mut registry = lock(&self.registry);
-            for (key, held) in found {
-                registry.observed(key, held, self.now());
+            for (look, held) in found {
+                registry.observed(look, held, self.now());
             }
             outbox = registry.take_outbox();
         }
@@ -170,10 +172,10 @@ impl Hub {
 
     /// Counts the foreign references of a buffer now.
     pub fn observe(&self, key: BufferKey) {
-        let Some(memory) = self.read(|registry| registry.backing(key)) else { return };
+        let Some((look, memory)) = self.read(|registry| registry.look(key)) else { return };
         let held = self.held_elsewhere(&memory);
         drop(memory);
-        self.with(|registry, now| registry.observed(key, held, now));
+        self.with(|registry, now| registry.observed(look, held, now));
     }
 
     /// Bytes of one export at most: what the host's kernel and the VM's quota allow.

@@ -180,8 +180,8 @@ impl<H: Clone> Registry<H> {
         let len = check(buffer, allowed, &request)?;
         let from_exporter = holder == Holder::Exporter;
         if request.bits.write && buffer.mode == Mode::Copy {
-            // The loan is over: nothing may be written to the exporter's pages any more.
-            if !from_exporter && !matches!(buffer.phase, Phase::Live | Phase::Releasing) {
+            // The loan ends with the last copy in progress, so no further one may begin.
+            if !from_exporter && buffer.phase != Phase::Live {
                 return Err(Status::Revoked);
             }
             let backing = buffer.backing.clone().ok_or(Status::Revoked)?;
@@ -202,7 +202,7 @@ impl<H: Clone> Registry<H> {
         let generation = if copied {
             self.complete(key, holder, writer, bits)
         } else {
-            self.clear(key, holder, bits);
+            self.clear(key, |who| who == holder, bits);
             self.buffers.get(&key).map_or(0, |buffer| buffer.generation)
         };
         if let Some(buffer) = self.buffers.get_mut(&key) {
@@ -222,11 +222,12 @@ impl<H: Clone> Registry<H> {
         let Some(buffer) = self.buffers.get_mut(&key) else { return 0 };
         if bits.write {
             buffer.generation += 1;
-            let (uuid, generation) = (buffer.uuid, buffer.generation);
+        }
+        let (uuid, generation) = (buffer.uuid, buffer.generation);
+        if bits.write && self.host_sees(key) {
             self.outbox.notices.push(Notice::Changed { uuid, generation, writer });
         }
-        let generation = buffer.generation;
-        self.clear(key, holder, bits);
+        self.clear(key, |who| who == holder, bits);
         generation
     }
 
@@ -240,9 +241,10 @@ impl<H: Clone> Registry<H> {
     ) -> Result<(), Status> {
         let key = self.key(session, handle)?;
         let named = |waiter: &Waiter| {
-            waiter.holder == Holder::Exporter && (cookie == Cookie(0) || waiter.cookie == cookie)
+            let mine = waiter.holder == Holder::Exporter;
+            (mine && (cookie == Cookie(0) || waiter.cookie == cookie)).then_some(Status::Canceled)
         };
-        if self.take_waits(key, named, Status::Canceled) { Ok(()) } else { Err(Status::NoEnt) }
+        if self.end_waits(key, named) { Ok(()) } else { Err(Status::NoEnt) }
     }
 
     /// CANCEL of a client, by the cookie of the request that waits. NOENT where none does.
@@ -255,63 +257,50 @@ impl<H: Clone> Registry<H> {
             .collect();
         let origin = Origin::Client(client, cookie);
         for key in keys {
-            if self.take_waits(key, |waiter| waiter.origin == origin, Status::Canceled) {
+            if self.end_waits(key, |wait| (wait.origin == origin).then_some(Status::Canceled)) {
                 return Ok(());
             }
         }
         Err(Status::NoEnt)
     }
 
-    /// Ends the waits of some holders, and serves those who waited behind them.
-    pub(super) fn cancel_waits(
+    /// Ends the waits that get a status, serves those who waited behind them, and returns whether
+    /// there were any.
+    pub(super) fn end_waits(
         &mut self,
         key: BufferKey,
-        gone: impl Fn(Holder) -> bool,
-        status: Status,
-    ) {
-        self.take_waits(key, |waiter| gone(waiter.holder), status);
-    }
-
-    pub(super) fn expire_waits(&mut self, key: BufferKey, now: Duration) {
-        self.take_waits(key, |waiter| waiter.deadline <= now, Status::TimedOut);
-    }
-
-    fn take_waits(
-        &mut self,
-        key: BufferKey,
-        gone: impl Fn(&Waiter) -> bool,
-        status: Status,
+        status: impl Fn(&Waiter) -> Option<Status>,
     ) -> bool {
         let Some(buffer) = self.buffers.get_mut(&key) else { return false };
         let Some(sync) = &mut buffer.sync else { return false };
-        let generation = buffer.generation;
-        let (out, served) = sync.cancel(gone);
+        let (out, served) = sync.cancel(status);
         let any = !out.is_empty();
-        self.done(out, status, generation);
-        self.done(served, Status::Ok, generation);
-        self.reschedule(key);
+        self.done(key, out.into_iter().chain(served));
         any
     }
 
-    /// A holder is gone: its bits clear, the generation stays.
-    pub(super) fn clear_bits(&mut self, key: BufferKey, holder: Holder) {
-        self.clear(key, holder, Access::ALL);
+    pub(super) fn expire_waits(&mut self, key: BufferKey, now: Duration) {
+        self.end_waits(key, |waiter| (waiter.deadline <= now).then_some(Status::TimedOut));
     }
 
-    fn clear(&mut self, key: BufferKey, holder: Holder, bits: Access) {
+    /// Holders are gone: their bits clear, the generation stays.
+    pub(super) fn clear_bits(&mut self, key: BufferKey, gone: impl Fn(Holder) -> bool) {
+        self.clear(key, gone, Access::ALL);
+    }
+
+    fn clear(&mut self, key: BufferKey, holders: impl Fn(Holder) -> bool, bits: Access) {
         let Some(buffer) = self.buffers.get_mut(&key) else { return };
         let Some(sync) = &mut buffer.sync else { return };
-        let served = sync.end(holder, bits);
-        if sync.is_idle() {
-            buffer.sync = None;
-        }
-        let generation = buffer.generation;
-        self.done(served, Status::Ok, generation);
-        self.reschedule(key);
+        let served = sync.end(holders, bits);
+        self.done(key, served);
     }
 
-    fn done(&mut self, waiters: Vec<Waiter>, status: Status, generation: u64) {
-        for waiter in waiters {
+    /// Reports waits that ended.
+    fn done(&mut self, key: BufferKey, waiters: impl IntoIterator<Item = (Waiter, Status)>) {
+        let Some(buffer) = self.buffers.get_mut(&key) else { return };
+        buffer.sync.take_if(|sync| sync.is_idle());
+        let generation = buffer.generation;
+        for (waiter, status) in waiters {
             if let Origin::Vm(peer, _) = waiter.origin
                 && let Some(vm) = self.vms.get_mut(&peer)
             {
@@ -319,6 +308,7 @@ impl<H: Clone> Registry<H> {
             }
             self.outbox.done.push(Done { origin: waiter.origin, status, generation });
         }
+        self.reschedule(key);
     }
 }
 

@@ -97,6 +97,8 @@ pub struct Buffer<H> {
     pub(super) parts: u32,
     pub(super) grants: Vec<(PeerId, Grant)>,
     pub(super) leases: Vec<Lease>,
+    /// The last of all its leases so far.
+    pub(super) last_lease: Option<LeaseId>,
     pub(super) phase: Phase,
     pub(super) generation: u64,
     pub(super) foreign: Foreign,

@@ -103,7 +103,7 @@ impl<H: Clone> Registry<H> {
             if end > parent.what.size || !(part.offset | what.size).is_multiple_of(GRANULE) {
                 return Err(Status::Range);
             }
-            pool = parent.backing.clone().map(|backing| (key, backing));
+            pool = Some((key, parent.backing.clone().ok_or(Status::NoEnt)?));
         }
         let bytes = vm.bytes.checked_add(what.size).ok_or(Status::Quota)?;
         if too_big || vm.exports >= vm.quota.max_exports || bytes > vm.quota.max_total_size {
@@ -168,6 +168,7 @@ impl<H: Clone> Registry<H> {
             parts: 0,
             grants: Vec::new(),
             leases: Vec::new(),
+            last_lease: None,
             phase: Phase::Live,
             generation: 0,
             foreign: Foreign::None,
@@ -217,7 +218,7 @@ impl<H: Clone> Registry<H> {
             return Err(Status::Access);
         }
         let before = self.host_access(key);
-        let Some(buffer) = self.buffers.get_mut(&key) else { return Err(Status::NoEnt) };
+        let buffer = self.buffers.get_mut(&key).ok_or(Status::NoEnt)?;
         buffer.grants.retain(|(to, _)| *to != request.to);
         if !request.access.is_none() {
             let expires =
@@ -225,8 +226,11 @@ impl<H: Clone> Registry<H> {
             let grant = Grant { access: request.access, once: request.once, expires };
             buffer.grants.push((request.to, grant));
         }
+        // ANY stands for those that have no grant of their own.
+        let host = request.to == PeerId::HOST
+            || (any && buffer.grants.iter().all(|(to, _)| *to != PeerId::HOST));
         self.tell_host_offer(key, before);
-        if request.force && request.access.is_none() && (any || request.to == PeerId::HOST) {
+        if request.force && request.access.is_none() && host {
             self.revoke_leases(key);
         }
         self.settle(key);
@@ -250,12 +254,16 @@ impl<H: Clone> Registry<H> {
     ) -> Result<HandleState, Status> {
         let key = self.key(session, handle)?;
         self.withdraw_all(key);
-        self.cancel_waits(key, |holder| holder == Holder::Exporter, Status::Canceled);
+        self.end_waits(key, |waiter| match waiter.holder {
+            Holder::Exporter => Some(Status::Canceled),
+            Holder::Lease(_) => force.then_some(Status::Revoked),
+        });
         if force {
             self.revoke_leases(key);
         }
         let buffer = self.buffers.get_mut(&key).ok_or(Status::NoEnt)?;
         let mut answer = Self::state_of(buffer);
+        let mut pool = None;
         if buffer.pages_in_use() {
             buffer.phase = Phase::Releasing;
             answer.state = State::Releasing;
@@ -263,9 +271,12 @@ impl<H: Clone> Registry<H> {
             buffer.phase = Phase::Orphan;
             answer.state = State::Released;
             answer.use_count = 0;
-            self.close_handle(key);
+            pool = self.close_handle(key);
         }
         self.settle(key);
+        if let Some(pool) = pool {
+            self.settle(pool);
+        }
         Ok(answer)
     }
 
@@ -285,6 +296,10 @@ impl<H: Clone> Registry<H> {
         let key = self.key(session, handle)?;
         let buffer = self.buffers.get_mut(&key).ok_or(Status::NoEnt)?;
         buffer.what.name = name;
+        let uuid = buffer.uuid;
+        if !self.host_access(key).is_none() {
+            self.outbox.notices.push(Notice::Offered(uuid));
+        }
         Ok(())
     }
 

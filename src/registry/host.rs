@@ -2,7 +2,7 @@
 //!
 //! It does not know sockets, processes or descriptors; a client is a number.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use uuid::Uuid;
@@ -63,7 +63,7 @@ impl<H: Clone> Registry<H> {
         let mut list: Vec<_> = self
             .buffers
             .iter()
-            .filter(|(key, buffer)| !buffer.leases.is_empty() || !self.host_access(**key).is_none())
+            .filter(|(key, _)| self.host_sees(**key))
             .map(|(key, buffer)| (*key, self.info_of(*key, buffer)))
             .collect();
         list.sort_by_key(|(key, _)| *key);
@@ -74,8 +74,13 @@ impl<H: Clone> Registry<H> {
     pub fn host_info(&self, uuid: Uuid) -> Option<BufferInfo> {
         let key = *self.by_uuid.get(&uuid)?;
         let buffer = self.buffers.get(&key)?;
-        let visible = !buffer.leases.is_empty() || !self.host_access(key).is_none();
-        visible.then(|| self.info_of(key, buffer))
+        self.host_sees(key).then(|| self.info_of(key, buffer))
+    }
+
+    /// Whether the host may know of a buffer.
+    pub(super) fn host_sees(&self, key: BufferKey) -> bool {
+        let leased = self.buffers.get(&key).is_some_and(|buffer| !buffer.leases.is_empty());
+        leased || !self.host_access(key).is_none()
     }
 
     fn info_of(&self, key: BufferKey, buffer: &Buffer<H>) -> BufferInfo {
@@ -130,6 +135,7 @@ impl<H: Clone> Registry<H> {
         let backing = buffer.backing.clone().ok_or(Status::NoEnt)?;
         self.last_lease += 1;
         let lease = LeaseId(self.last_lease);
+        buffer.last_lease = Some(lease);
         buffer.leases.push(Lease { id: lease, client, access, revoked: false, since: now });
         if buffer.observable {
             buffer.foreign = Foreign::Possible;
@@ -167,39 +173,41 @@ impl<H: Clone> Registry<H> {
         if leases.is_empty() {
             self.clients.remove(&client);
         }
-        let holder = Holder::Lease(lease);
-        self.cancel_waits(key, |who| who == holder, Status::Canceled);
-        self.clear_bits(key, holder);
-        let buffer = self.buffers.get_mut(&key).ok_or(Status::NoEnt)?;
-        buffer.leases.retain(|held| held.id != lease);
-        if buffer.leases.is_empty() && buffer.may_be_foreign() {
-            self.outbox.observe.insert(key);
-        }
-        self.settle(key);
+        self.drop_leases(key, |held| held == lease);
         Ok(())
     }
 
     /// A client is gone: its leases end.
     pub fn client_gone(&mut self, client: ClientId) {
-        let leases = self.clients.get(&client).into_iter().flat_map(BTreeMap::keys);
-        for lease in leases.copied().collect::<Vec<_>>() {
-            // Its own number: neither unknown nor somebody else's.
-            let _ = self.end_lease(client, lease);
+        let leases = self.clients.remove(&client).unwrap_or_default();
+        for key in leases.values().copied().collect::<BTreeSet<_>>() {
+            self.drop_leases(key, |held| leases.contains_key(&held));
         }
+    }
+
+    /// Ends leases of one buffer, in one go: there may be thousands.
+    fn drop_leases(&mut self, key: BufferKey, gone: impl Fn(LeaseId) -> bool) {
+        let leaves = |holder| matches!(holder, Holder::Lease(lease) if gone(lease));
+        self.end_waits(key, |waiter| leaves(waiter.holder).then_some(Status::Canceled));
+        self.clear_bits(key, leaves);
+        let Some(buffer) = self.buffers.get_mut(&key) else { return };
+        buffer.leases.retain(|held| !gone(held.id));
+        if buffer.leases.is_empty() && buffer.may_be_foreign() {
+            self.outbox.observe.insert(key);
+        }
+        self.settle(key);
     }
 
     /// Kills every lease: its client is told, and only handing it back is left.
     pub(super) fn revoke_leases(&mut self, key: BufferKey) {
-        self.cancel_waits(key, |holder| holder != Holder::Exporter, Status::Revoked);
+        let leased = |holder| holder != Holder::Exporter;
+        self.end_waits(key, |waiter| leased(waiter.holder).then_some(Status::Revoked));
+        self.clear_bits(key, leased);
         let Some(buffer) = self.buffers.get_mut(&key) else { return };
         let uuid = buffer.uuid;
-        let mut dead = Vec::new();
         for lease in buffer.leases.iter_mut().filter(|lease| !lease.revoked) {
             lease.revoked = true;
-            dead.push((lease.client, lease.id));
-        }
-        for (client, lease) in dead {
-            self.clear_bits(key, Holder::Lease(lease));
+            let (client, lease) = (lease.client, lease.id);
             self.outbox.notices.push(Notice::Revoked { client, lease, uuid });
         }
     }

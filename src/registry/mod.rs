@@ -105,6 +105,14 @@ pub enum Notice {
     },
 }
 
+/// A look at who holds the memory of a buffer, from [`Registry::look`] to [`Registry::observed`].
+#[must_use = "nothing is known before Registry::observed"]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Look {
+    key: BufferKey,
+    last_lease: Option<LeaseId>,
+}
+
 /// A configured VM.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Vm {
@@ -123,6 +131,8 @@ struct Vm {
     events: VecDeque<BufferKey>,
     resync: bool,
     peers_changed: BTreeSet<PeerId>,
+    /// How often one of these two was set: what is set while it is being told is told again.
+    news: u64,
 }
 
 /// The registry of one daemon.
@@ -164,6 +174,7 @@ impl<H: Clone> Registry<H> {
                     events: VecDeque::new(),
                     resync: false,
                     peers_changed: BTreeSet::new(),
+                    news: 0,
                 };
                 (peer, vm)
             })
@@ -219,28 +230,34 @@ impl<H: Clone> Registry<H> {
             }
             self.expire_waits(key, now);
             self.expire_grants(key, now);
-            if let Some(buffer) = self.buffers.get(&key)
-                && let Foreign::Held { next, .. } = buffer.foreign
-                && next <= now
+            if let Some(buffer) = self.buffers.get_mut(&key)
+                && let Foreign::Held { pause, next } = &mut buffer.foreign
+                && *next <= now
             {
+                // Should that look never come, there is another one.
+                *next = now + *pause;
                 self.outbox.observe.insert(key);
-            } else {
-                self.reschedule(key);
             }
+            self.reschedule(key);
         }
     }
 
-    /// The memory of a buffer that the outbox asked to look at.
-    pub fn backing(&self, key: BufferKey) -> Option<H> {
-        self.buffers.get(&key).and_then(|buffer| buffer.backing.clone())
+    /// Begins a look at a buffer that the outbox asked for; `None` where its memory is given up.
+    /// Count its references with the lock released, then say [`observed`](Self::observed).
+    pub fn look(&self, key: BufferKey) -> Option<(Look, H)> {
+        let buffer = self.buffers.get(&key)?;
+        Some((Look { key, last_lease: buffer.last_lease }, buffer.backing.clone()?))
     }
 
-    /// Tells what a look at a buffer's references found.
+    /// Tells what a look found.
     ///
-    /// It counts only while no lease lives: through a lease new references can arise at any time.
-    pub fn observed(&mut self, key: BufferKey, held: bool, now: Duration) {
+    /// It counts only where no lease lived since the look began: through a lease new references can
+    /// arise at any time. The end of that lease asks for another look.
+    pub fn observed(&mut self, look: Look, held: bool, now: Duration) {
+        let Look { key, last_lease } = look;
         let Some(buffer) = self.buffers.get_mut(&key) else { return };
-        if !buffer.leases.is_empty() || !buffer.may_be_foreign() {
+        if !buffer.leases.is_empty() || buffer.last_lease != last_lease || !buffer.may_be_foreign()
+        {
             return;
         }
         buffer.foreign = match (held, buffer.foreign) {
@@ -273,15 +290,24 @@ impl<H: Clone> Registry<H> {
         self.vm(session)?.handles.get(&handle).copied().ok_or(Status::NoEnt)
     }
 
-    /// Carries a buffer on to where its users leave it, and queues the event that follows from it.
-    /// Called after every change to a buffer.
+    /// Carries a buffer on to where its users leave it, and queues the event that follows from it;
+    /// then the pool that it leaves, and so on. Called after every change to a buffer.
     fn settle(&mut self, key: BufferKey) {
-        let Some(buffer) = self.buffers.get_mut(&key) else { return };
+        let mut next = Some(key);
+        while let Some(key) = next {
+            next = self.settle_one(key);
+        }
+    }
+
+    /// Returns the pool that has a part less by it.
+    fn settle_one(&mut self, key: BufferKey) -> Option<BufferKey> {
+        let buffer = self.buffers.get_mut(&key)?;
+        let mut pool = None;
         if buffer.phase == Phase::Releasing && !buffer.pages_in_use() {
             buffer.phase = Phase::Told;
-            self.close_handle(key);
+            pool = self.close_handle(key);
         }
-        let Some(buffer) = self.buffers.get_mut(&key) else { return };
+        let buffer = self.buffers.get_mut(&key)?;
         if buffer.phase == Phase::Lingering && !buffer.pages_in_use() {
             buffer.phase = Phase::Orphan;
             let owner = buffer.owner;
@@ -290,7 +316,7 @@ impl<H: Clone> Registry<H> {
             }
             self.resync(owner);
         }
-        let Some(buffer) = self.buffers.get_mut(&key) else { return };
+        let buffer = self.buffers.get_mut(&key)?;
         let keep = matches!(buffer.phase, Phase::Live | Phase::Releasing) || buffer.memory_in_use();
         if !keep && let Some(backing) = buffer.backing.take() {
             self.outbox.drop.push(backing);
@@ -298,7 +324,7 @@ impl<H: Clone> Registry<H> {
         let owner = buffer.owner;
         if buffer.phase == Phase::Orphan && buffer.backing.is_none() {
             self.remove(key);
-            return;
+            return pool;
         }
         if buffer.has_event() && !buffer.queued {
             buffer.queued = true;
@@ -308,21 +334,21 @@ impl<H: Clone> Registry<H> {
             }
         }
         self.reschedule(key);
+        pool
     }
 
-    /// The exporter has its pages back: the handle dies, and a pool has one user less.
-    fn close_handle(&mut self, key: BufferKey) {
-        let Some(buffer) = self.buffers.get_mut(&key) else { return };
+    /// The exporter has its pages back: the handle dies, it holds nothing any more, and its pool,
+    /// which is returned and to be settled, has one user less.
+    fn close_handle(&mut self, key: BufferKey) -> Option<BufferKey> {
+        self.clear_bits(key, |holder| holder == Holder::Exporter);
+        let buffer = self.buffers.get_mut(&key)?;
         let (owner, handle, pool) = (buffer.owner, buffer.handle, buffer.pool.take());
         if let Some(vm) = self.vms.get_mut(&owner) {
             vm.handles.remove(&handle);
         }
-        if let Some(pool) = pool
-            && let Some(parent) = self.buffers.get_mut(&pool)
-        {
-            parent.parts = parent.parts.saturating_sub(1);
-            self.settle(pool);
-        }
+        let parent = self.buffers.get_mut(&pool?)?;
+        parent.parts = parent.parts.saturating_sub(1);
+        pool
     }
 
     /// Enters what is due next of a buffer, one entry a buffer.
@@ -351,6 +377,9 @@ impl<H: Clone> Registry<H> {
         if let Some(vm) = self.vms.get_mut(&buffer.owner) {
             vm.exports = vm.exports.saturating_sub(1);
             vm.bytes = vm.bytes.saturating_sub(buffer.what.size);
+            if buffer.queued {
+                vm.events.retain(|queued| *queued != key);
+            }
         }
         self.outbox.drop.extend(buffer.backing);
     }

@@ -37,6 +37,7 @@ pub struct Event {
     /// PEER: the peer's epoch; else the VM's own.
     pub epoch: u32,
     key: Option<BufferKey>,
+    news: u64,
 }
 
 /// A peer as PEER_INFO tells it.
@@ -54,9 +55,9 @@ impl<H: Clone> Registry<H> {
     /// Starts a session of a VM: a new connection, which is a new epoch, or a guest that reset its
     /// device. An earlier session must have been closed. `None` for a VM that is not configured.
     pub fn open_session(&mut self, peer: PeerId, connected: bool) -> Option<SessionId> {
+        let vm = self.vms.get_mut(&peer)?;
         self.last_session += 1;
         let session = SessionId { peer, number: self.last_session };
-        let vm = self.vms.get_mut(&peer)?;
         vm.session = Some(session);
         vm.epoch = vm.epoch.wrapping_add(connected.into());
         vm.next_handle = 1;
@@ -86,8 +87,11 @@ impl<H: Clone> Registry<H> {
         keys.sort_unstable();
         for key in &keys {
             let before = self.host_access(*key);
-            self.cancel_waits(*key, |holder| holder == Holder::Exporter, Status::Canceled);
-            self.clear_bits(*key, Holder::Exporter);
+            self.end_waits(*key, |waiter| match waiter.holder {
+                Holder::Exporter => Some(Status::Canceled),
+                Holder::Lease(_) => Some(Status::Revoked),
+            });
+            self.clear_bits(*key, |holder| holder == Holder::Exporter);
             self.revoke_leases(*key);
             let Some(buffer) = self.buffers.get_mut(key) else { continue };
             buffer.grants.clear();
@@ -135,6 +139,7 @@ impl<H: Clone> Registry<H> {
             peer: None,
             epoch: vm.epoch,
             key: None,
+            news: vm.news,
         };
         if vm.resync {
             return Some(blank);
@@ -175,17 +180,18 @@ impl<H: Clone> Registry<H> {
     pub fn event_told(&mut self, session: SessionId, event: Event) {
         let Ok(vm) = self.vm_mut(session) else { return };
         match (event.kind, event.peer, event.key) {
-            (EventKind::Resync, ..) => vm.resync = false,
-            (EventKind::Peer, Some(other), _) => {
+            (EventKind::Resync, ..) if vm.news == event.news => vm.resync = false,
+            (EventKind::Peer, Some(other), _) if vm.news == event.news => {
                 vm.peers_changed.remove(&other);
             }
             (kind, _, Some(key)) => {
-                // It is the first still: others queue behind it.
-                if vm.events.front() == Some(&key) {
+                // It is the first still, others queue behind it; or it is forgotten.
+                let first = vm.events.front() == Some(&key);
+                if first {
                     vm.events.pop_front();
                 }
                 let Some(buffer) = self.buffers.get_mut(&key) else { return };
-                buffer.queued = false;
+                buffer.queued &= !first;
                 if kind == EventKind::Released {
                     buffer.phase = Phase::Orphan;
                 } else {
@@ -201,6 +207,7 @@ impl<H: Clone> Registry<H> {
     pub fn resync(&mut self, peer: PeerId) {
         if let Some(vm) = self.vms.get_mut(&peer).filter(|vm| vm.session.is_some()) {
             vm.resync = true;
+            vm.news += 1;
             self.outbox.wake.insert(peer);
         }
     }
@@ -226,6 +233,7 @@ impl<H: Clone> Registry<H> {
         for (other, vm) in &mut self.vms {
             if *other != peer && vm.session.is_some() && self.policy.acquainted(peer, *other) {
                 vm.peers_changed.insert(peer);
+                vm.news += 1;
                 self.outbox.wake.insert(*other);
             }
         }

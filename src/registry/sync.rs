@@ -7,6 +7,7 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use crate::ids::{Access, ClientId, Cookie, LeaseId, PeerId};
+use crate::protocol::Status;
 
 /// Who takes part in the synchronisation of a buffer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -40,6 +41,9 @@ pub struct Waiter {
     /// Whom to tell.
     pub origin: Origin,
 }
+
+/// Waits that ended, and how.
+pub type Ended = Vec<(Waiter, Status)>;
 
 /// The synchronisation state of one buffer.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -92,25 +96,33 @@ impl SyncState {
     }
 
     /// Clears bits and returns the waiters that are served by it, in order.
-    pub fn end(&mut self, holder: Holder, bits: Access) -> Vec<Waiter> {
-        if let Some((_, held)) = self.held.iter_mut().find(|(who, _)| *who == holder) {
-            *held = held.minus(bits);
-        }
-        self.held.retain(|(_, held)| !held.is_none());
+    pub fn end(&mut self, holders: impl Fn(Holder) -> bool, bits: Access) -> Ended {
+        self.held.retain_mut(|(who, held)| {
+            if holders(*who) {
+                *held = held.minus(bits);
+            }
+            !held.is_none()
+        });
         self.promote()
     }
 
-    /// Takes out the waiters that `gone` names, and returns them and those that are served by it.
-    pub fn cancel(&mut self, gone: impl Fn(&Waiter) -> bool) -> (Vec<Waiter>, Vec<Waiter>) {
-        let (out, stay): (Vec<_>, Vec<_>) = self.waiting.drain(..).partition(gone);
-        self.waiting = stay.into();
+    /// Takes out the waiters that get a status, and returns them and those that are served by it.
+    pub fn cancel(&mut self, status: impl Fn(&Waiter) -> Option<Status>) -> (Ended, Ended) {
+        let mut out = Vec::new();
+        self.waiting.retain(|waiter| match status(waiter) {
+            Some(status) => {
+                out.push((*waiter, status));
+                false
+            }
+            None => true,
+        });
         let served = self.promote();
         (out, served)
     }
 
     /// Serves waiters in the order in which they came. A WRITE that cannot be served holds back
     /// those behind it that hold nothing.
-    fn promote(&mut self) -> Vec<Waiter> {
+    fn promote(&mut self) -> Ended {
         let mut served = Vec::new();
         let mut write_waits = false;
         for waiter in std::mem::take(&mut self.waiting) {
@@ -120,7 +132,7 @@ impl SyncState {
                 self.waiting.push_back(waiter);
             } else {
                 self.begin(waiter.holder, waiter.want);
-                served.push(waiter);
+                served.push((waiter, Status::Ok));
             }
         }
         served
@@ -145,8 +157,8 @@ mod tests {
         }
     }
 
-    fn who(served: &[Waiter]) -> Vec<Holder> {
-        served.iter().map(|waiter| waiter.holder).collect()
+    fn who(ended: &[(Waiter, Status)]) -> Vec<Holder> {
+        ended.iter().map(|(waiter, _)| waiter.holder).collect()
     }
 
     #[test]
@@ -167,8 +179,8 @@ mod tests {
         sync.wait(waiter(B, Access::WRITE));
         assert!(!sync.may_begin(C, Access::READ));
         sync.wait(waiter(C, Access::READ));
-        assert_eq!(who(&sync.end(A, Access::READ)), [B]);
-        assert_eq!(who(&sync.end(B, Access::ALL)), [C]);
+        assert_eq!(who(&sync.end(|who| who == A, Access::READ)), [B]);
+        assert_eq!(who(&sync.end(|who| who == B, Access::ALL)), [C]);
     }
 
     #[test]
@@ -185,14 +197,14 @@ mod tests {
         sync.begin(A, Access::READ);
         sync.wait(waiter(B, Access::WRITE));
         sync.wait(waiter(C, Access::READ));
-        let (out, served) = sync.cancel(|waiter| waiter.holder == B);
+        let (out, served) = sync.cancel(|waiter| (waiter.holder == B).then_some(Status::Canceled));
         assert_eq!((who(&out), who(&served)), (vec![B], vec![C]));
     }
 
     #[test]
     fn end_without_begin_changes_nothing() {
         let mut sync = SyncState::default();
-        assert!(sync.end(A, Access::ALL).is_empty());
+        assert!(sync.end(|who| who == A, Access::ALL).is_empty());
         assert!(sync.is_idle());
     }
 }
