@@ -59,6 +59,54 @@ where
     call(fd, request, std::ptr::from_mut(arg).cast())
 }
 
+/// As [`ioctl_flat`], with bytes that the kernel reads: it finds their address in the u64 at byte
+/// `place` of the argument and their number in the u32 after that.
+///
+/// EINVAL where the argument has no such fields, or the bytes do not fit a u32.
+pub fn ioctl_with_bytes<T>(
+    fd: BorrowedFd<'_>,
+    request: u32,
+    arg: &mut T,
+    place: usize,
+    bytes: &[u8],
+) -> io::Result<libc::c_int>
+where
+    T: FromBytes + IntoBytes + Immutable,
+{
+    let invalid = || io::Error::from_raw_os_error(libc::EINVAL);
+    let fields = arg.as_mut_bytes().get_mut(place..).and_then(|rest| rest.get_mut(..12));
+    let (address, len) = fields.ok_or_else(invalid)?.split_at_mut(8);
+    address.copy_from_slice(&(bytes.as_ptr() as u64).to_ne_bytes());
+    len.copy_from_slice(&u32::try_from(bytes.len()).map_err(io::Error::other)?.to_ne_bytes());
+    ioctl_flat(fd, request, arg)
+}
+
+/// As [`ioctl_flat`], for a request that makes a new descriptor and leaves its number in the i32 at
+/// byte `place` of the argument.
+///
+/// Only for requests whose ABI says so: the descriptor belongs to the caller from then on.
+pub fn ioctl_new_fd<T>(
+    fd: BorrowedFd<'_>,
+    request: u32,
+    arg: &mut T,
+    place: usize,
+) -> io::Result<OwnedFd>
+where
+    T: FromBytes + IntoBytes + Immutable,
+{
+    let range = place..place.saturating_add(4);
+    let invalid = || io::Error::from_raw_os_error(libc::EINVAL);
+    arg.as_bytes().get(range.clone()).ok_or_else(invalid)?;
+    ioctl_flat(fd, request, arg)?;
+    let bytes = arg.as_bytes().get(range).ok_or_else(invalid)?;
+    let number = i32::from_ne_bytes(bytes.try_into().map_err(io::Error::other)?);
+    if number < 0 {
+        return Err(io::Error::from_raw_os_error(libc::EBADF));
+    }
+    // SAFETY: the request made this descriptor a moment ago, for its caller.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
 /// One entry of `struct udmabuf_create_list` (`include/uapi/linux/udmabuf.h`).
 #[derive(Debug, Clone, Copy)]
 pub struct UdmabufItem<'a> {

@@ -17,3 +17,4 @@ pub mod queue;
 pub mod registry;
 pub mod reply;
 pub mod serve;
+pub mod testcard;
