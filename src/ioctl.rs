@@ -248,6 +248,32 @@ impl Drop for Mapping {
     }
 }
 
+/// Who is at the other end of a Unix socket, as the kernel knows (SO_PEERCRED).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PeerCredentials {
+    /// Process when it connected; 0 where it is in a namespace that this process cannot see.
+    pub pid: u32,
+    /// Effective user when it connected.
+    pub uid: u32,
+}
+
+/// Asks for the credentials of a connected Unix socket's peer.
+///
+/// rustix's own function holds the pid in a type that must not be 0.
+pub fn peer_credentials(socket: BorrowedFd<'_>) -> io::Result<PeerCredentials> {
+    let mut cred = libc::ucred { pid: 0, uid: u32::MAX, gid: u32::MAX };
+    let mut len = size_of::<libc::ucred>() as libc::socklen_t;
+    let at = std::ptr::from_mut(&mut cred).cast();
+    // SAFETY: the kernel writes at most `len` bytes, the size of `cred`, which is plain integers.
+    let ret = unsafe {
+        libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, libc::SO_PEERCRED, at, &mut len)
+    };
+    if ret < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(PeerCredentials { pid: u32::try_from(cred.pid).unwrap_or(0), uid: cred.uid })
+}
+
 /// A kick-able eventfd as a `File`, for wake-ups between threads.
 pub fn eventfd() -> io::Result<File> {
     use rustix::event::{EventfdFlags, eventfd};

@@ -13,6 +13,8 @@ use std::sync::Arc;
 use bufshare::args::{Args, Settings, Socket, Vm};
 use bufshare::device::Options;
 use bufshare::dmabuf::DmaBufs;
+use bufshare::host::listener::Listener;
+use bufshare::host::server::Server;
 use bufshare::hub::{Hub, VmSpec};
 use bufshare::ids::PeerId;
 use bufshare::policy::Policy;
@@ -63,6 +65,8 @@ fn run(settings: Settings) -> Result<(), Box<dyn Error>> {
     for vm in &settings.vms {
         listeners.push(listen(vm)?);
     }
+    let host = settings.host_socket.as_deref();
+    let host = host.map(|path| Listener::bind(path, settings.host_uid)).transpose()?;
     let spec = |vm: &Vm| VmSpec { name: vm.name.clone(), quota: vm.quota };
     let specs: Vec<VmSpec> = settings.vms.iter().map(spec).collect();
     let hub = Arc::new(Hub::new(&specs, Policy::new(settings.rules), dmabufs)?);
@@ -76,18 +80,7 @@ fn run(settings: Settings) -> Result<(), Box<dyn Error>> {
         };
         serve::spawn(hub.clone(), peer, options, listener)?;
     }
-    clock(&hub)
-}
-
-/// Does what is due, for ever.
-fn clock(hub: &Hub) -> Result<(), Box<dyn Error>> {
-    use rustix::event::{PollFd, PollFlags, Timespec, poll};
-    loop {
-        let wait = hub.tick().map(Timespec::try_from).transpose()?;
-        poll(&mut [PollFd::new(hub.host_wake(), PollFlags::IN)], wait.as_ref())?;
-        bufshare::hub::consume(hub.host_wake());
-        drop(hub.take_host_news());
-    }
+    Ok(Server::new(hub, host)?.run()?)
 }
 
 /// Each export is a descriptor.

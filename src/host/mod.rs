@@ -1,13 +1,20 @@
 //! The host socket: programs on the host list, watch and use the buffers that VMs offer to it
 //! (`spec/host-socket.md`).
 //!
-//! `wire` holds the bytes, `packet` moves them, `client` is the library for programs (`channel` and
-//! `values` are its parts), `image` reads what exporters say of their pictures.
+//! Both sides: `wire` holds the bytes, `packet` moves them, `image` reads what exporters say of their
+//! pictures. Programs: `client` (`channel`, `values` and `error` are its parts). Daemon: `listener`
+//! admits, `server` is the thread, `conn` one connection, `request` one request, `watch` what is
+//! still to be told.
 
 mod channel;
 pub mod client;
+mod conn;
 pub mod error;
 pub mod image;
+pub mod listener;
 pub mod packet;
+mod request;
+pub mod server;
 pub mod values;
+mod watch;
 pub mod wire;

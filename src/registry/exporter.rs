@@ -264,6 +264,10 @@ impl<H: Clone> Registry<H> {
         let buffer = self.buffers.get_mut(&key).ok_or(Status::NoEnt)?;
         let mut answer = Self::state_of(buffer);
         let mut pool = None;
+        if !buffer.leases.is_empty() {
+            // Also where its grant was used up before: those who hold it should finish.
+            self.outbox.notices.push(Notice::Withdrawn(buffer.uuid));
+        }
         if buffer.pages_in_use() {
             buffer.phase = Phase::Releasing;
             answer.state = State::Releasing;

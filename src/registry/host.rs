@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use uuid::Uuid;
 
-use super::{Buffer, Description, Foreign, Holder, Lease, Notice, Registry};
+use super::{Buffer, Description, Foreign, Holder, Lease, Notice, Phase, Registry};
 use crate::ids::{Access, BufferKey, ClientId, LeaseId, PeerId};
 use crate::limits::MAX_LEASES;
 use crate::protocol::{Mode, Status};
@@ -31,6 +31,8 @@ pub struct BufferInfo {
     pub generation: u64,
     /// Attachments, leases, and 1 if others on the host hold it.
     pub use_count: u32,
+    /// The exporter sent RELEASE, or is gone: whoever holds a lease should finish.
+    pub wanted_back: bool,
     /// Its leases.
     pub leases: Vec<LeaseInfo>,
 }
@@ -58,19 +60,27 @@ pub struct Acquired<H> {
 }
 
 impl<H: Clone> Registry<H> {
-    /// Every buffer that the host may acquire or holds a lease of.
-    pub fn host_list(&self) -> Vec<BufferInfo> {
-        let mut list: Vec<_> = self
-            .buffers
-            .iter()
-            .filter(|(key, _)| self.host_sees(**key))
-            .map(|(key, buffer)| (*key, self.info_of(*key, buffer)))
-            .collect();
-        list.sort_by_key(|(key, _)| *key);
-        list.into_iter().map(|(_, info)| info).collect()
+    /// At most `max` of the buffers that the host may acquire or holds a lease of: those whose UUIDs
+    /// follow `after`, in that order.
+    pub fn host_page(&self, after: Uuid, max: usize) -> Vec<BufferInfo> {
+        let all = self.by_uuid.iter();
+        let all = all.filter(|(uuid, key)| **uuid > after && self.host_sees(**key));
+        let mut uuids: Vec<Uuid> = all.map(|(uuid, _)| *uuid).collect();
+        if let Some(last) = max.checked_sub(1).filter(|last| *last < uuids.len()) {
+            // What follows is not worth sorting.
+            uuids.select_nth_unstable(last);
+        }
+        uuids.truncate(max);
+        uuids.sort_unstable();
+        uuids.into_iter().filter_map(|uuid| self.host_info(uuid)).collect()
     }
 
-    /// One of [`host_list`](Self::host_list).
+    /// Every buffer that the host may acquire or holds a lease of.
+    pub fn host_list(&self) -> Vec<BufferInfo> {
+        self.host_page(Uuid::nil(), usize::MAX)
+    }
+
+    /// The buffer, if the host may acquire it or holds a lease of it.
     pub fn host_info(&self, uuid: Uuid) -> Option<BufferInfo> {
         let key = *self.by_uuid.get(&uuid)?;
         let buffer = self.buffers.get(&key)?;
@@ -101,6 +111,7 @@ impl<H: Clone> Registry<H> {
             access: self.host_access(key),
             generation: buffer.generation,
             use_count: buffer.use_count(),
+            wanted_back: buffer.phase != Phase::Live,
             leases: buffer.leases.iter().map(lease).collect(),
         }
     }

@@ -1,0 +1,194 @@
+//! One connection to the host socket: what was asked, what is still to be sent.
+//!
+//! It never waits for its client: what the socket does not take stays in the queue, and requests are
+//! read only while that is empty. The queue is bounded: one answer, one event and the pending BEGINs.
+//! When the client is gone, the server ends its leases.
+
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::io::Errno;
+use uuid::Uuid;
+
+use super::packet::{self, Wait};
+use super::request::{self, Outgoing, People, Session};
+use super::watch::{Buffers, News};
+use super::wire;
+use crate::hub::Hub;
+use crate::ids::{ClientId, Cookie};
+use crate::protocol::Status;
+use crate::registry::{BufferInfo, Notice};
+
+/// Requests and events of one client before others get their turn.
+pub const TURN: usize = 32;
+/// Buffers of a snapshot that are looked at together.
+const PAGE: usize = 64;
+
+/// Why a connection is over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Gone {
+    /// The client closed it.
+    Closed,
+    /// It broke the protocol.
+    Broken(&'static str),
+    /// The socket failed.
+    Failed(Errno),
+}
+
+/// What to wait for on the socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Interest {
+    /// Requests are welcome.
+    pub read: bool,
+    /// Something is to be sent.
+    pub write: bool,
+}
+
+/// One client's connection.
+#[derive(Debug)]
+pub struct Conn {
+    socket: OwnedFd,
+    session: Session,
+    queue: VecDeque<Outgoing>,
+}
+
+/// The hub, as a watch asks it.
+struct Look<'a>(&'a Hub);
+
+impl Buffers for Look<'_> {
+    fn look(&self, uuid: Uuid) -> Option<BufferInfo> {
+        self.0.host_info(uuid)
+    }
+
+    fn after(&self, uuid: Uuid) -> Vec<Uuid> {
+        self.0
+            .read(|registry| registry.host_page(uuid, PAGE))
+            .iter()
+            .map(|info| info.uuid)
+            .collect()
+    }
+}
+
+impl Conn {
+    /// A fresh connection.
+    pub fn new(socket: OwnedFd, client: ClientId) -> Conn {
+        Conn { socket, session: Session::new(client), queue: VecDeque::new() }
+    }
+
+    /// Its number.
+    pub fn client(&self) -> ClientId {
+        self.session.client
+    }
+
+    /// What the client calls itself, once it said HELLO.
+    pub fn name(&self) -> Option<[u8; crate::protocol::NAME_LEN]> {
+        self.session.name
+    }
+
+    /// Reads and carries out one request; `None` where there is none, or none may be read now.
+    /// The answer, if there is one yet, is for [`push`](Self::push): what the request ended goes first.
+    pub fn next_answer(
+        &mut self,
+        hub: &Hub,
+        people: &People,
+    ) -> Result<Option<Option<Outgoing>>, Gone> {
+        if !self.queue.is_empty() {
+            return Ok(None);
+        }
+        match packet::receive(&self.socket, Wait::Never) {
+            Ok(Some(packet)) => {
+                self.session.handle(&packet, hub, people).map(Some).map_err(Gone::Broken)
+            }
+            Ok(None) | Err(Errno::CONNRESET) => Err(Gone::Closed),
+            Err(Errno::AGAIN) => Ok(None),
+            Err(error) => Err(Gone::Failed(error)),
+        }
+    }
+
+    /// Sends an answer, now or later.
+    pub fn push(&mut self, answer: Option<Outgoing>, hub: &Hub) -> Result<(), Gone> {
+        self.queue.extend(answer);
+        self.flush(hub)
+    }
+
+    /// Takes in that a pending BEGIN ended.
+    pub fn begun(&mut self, number: Cookie, status: Status, generation: u64) {
+        self.queue.extend(self.session.begun(number, status, generation));
+    }
+
+    /// Takes in that something happened to a buffer.
+    pub fn note(&mut self, notice: &Notice) {
+        if let Some((_, watch)) = &mut self.session.watch {
+            watch.note(notice);
+        }
+    }
+
+    /// Sends what can be sent: answers first, then a turn of events.
+    pub fn write(&mut self, hub: &Hub) -> Result<(), Gone> {
+        self.flush(hub)?;
+        for _ in 0..TURN {
+            if !self.queue.is_empty() {
+                break;
+            }
+            let Some((cookie, watch)) = &mut self.session.watch else { break };
+            let Some(News { kind, uuid, info }) = watch.next(&Look(hub)) else { break };
+            let (status, record) = match &info {
+                Some(info) => (Status::Ok, request::record(info)),
+                None => {
+                    let uuid = uuid.into_bytes();
+                    let status = match kind {
+                        wire::Type::EvtRevoked => Status::Revoked,
+                        _ => Status::Ok,
+                    };
+                    (status, wire::Buffer { uuid, ..Default::default() })
+                }
+            };
+            self.queue.push_back(request::event(kind, status, *cookie, record));
+            self.flush(hub)?;
+        }
+        Ok(())
+    }
+
+    /// What to wait for now.
+    pub fn interest(&self) -> Interest {
+        let events = self.session.watch.as_ref().is_some_and(|(_, watch)| watch.pending());
+        Interest { read: self.queue.is_empty(), write: !self.queue.is_empty() || events }
+    }
+
+    fn flush(&mut self, hub: &Hub) -> Result<(), Gone> {
+        while let Some(front) = self.queue.front() {
+            let fd = front.memory.as_ref().map(|(memory, _)| memory.fd());
+            match packet::send(&self.socket, &front.bytes, fd, Wait::Never) {
+                Ok(()) => {
+                    self.queue.pop_front();
+                }
+                Err(Errno::AGAIN) => return Ok(()),
+                Err(Errno::PIPE | Errno::CONNRESET) => return Err(Gone::Closed),
+                Err(error) => self.take_back(error, hub)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// A lease whose fd cannot be sent, because too many are on their way, is none.
+    fn take_back(&mut self, error: Errno, hub: &Hub) -> Result<(), Gone> {
+        let lost = matches!(error, Errno::TOOMANYREFS | Errno::NOMEM | Errno::NOBUFS);
+        let Some(front) = self.queue.front_mut().filter(|_| lost) else {
+            return Err(Gone::Failed(error));
+        };
+        let Some((memory, lease)) = front.memory.take() else { return Err(Gone::Failed(error)) };
+        drop(memory);
+        let req = zerocopy::FromBytes::read_from_prefix(&front.bytes);
+        let Ok((wire::Resp { kind, cookie, .. }, _)) = req else { return Err(Gone::Failed(error)) };
+        *front = request::refusal(kind.get(), Status::NoMem, 0, cookie.get());
+        // Nobody else can have ended it.
+        let _ = hub.host_release(self.session.client, lease);
+        Ok(())
+    }
+}
+
+impl AsFd for Conn {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}

@@ -1,0 +1,261 @@
+//! The host socket's thread: it serves the clients, and it is the daemon's clock.
+//!
+//! One epoll loop (event-manager) over the listener, the connections, the hub's wake-up and a timer
+//! that is armed only while something waits for time to pass: an idle daemon does not wake up. No
+//! client can hold it up: nothing here waits for one. A client that goes away ends its leases.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+use log::{debug, error, info, warn};
+use rustix::io::Errno;
+use rustix::time::{
+    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
+    timerfd_settime,
+};
+
+use super::conn::{Conn, Gone, Interest, TURN};
+use super::listener::Listener;
+use super::packet::{self, Wait};
+use super::request::{self, People, Person};
+use super::wire::Type;
+use crate::hub::{self, Hub};
+use crate::ids::ClientId;
+use crate::limits::MAX_CLIENTS;
+use crate::protocol::{NAME_LEN, Status};
+
+const LISTENER: u32 = 0;
+const WAKE: u32 = 1;
+const TIMER: u32 = 2;
+const FIRST_CLIENT: u32 = 16;
+
+/// Serves the host socket.
+#[derive(Debug)]
+pub struct Server {
+    hub: Arc<Hub>,
+    listener: Option<Listener>,
+    timer: OwnedFd,
+    timer_armed: bool,
+    /// Given up for a moment when there is no descriptor left to accept a connection with.
+    spare: Option<OwnedFd>,
+    last_client: u64,
+    /// By epoll token, with what the token waits for.
+    conns: BTreeMap<u32, (Conn, Interest)>,
+    people: People,
+}
+
+impl Server {
+    /// A server of this hub. Without a listener it is the clock alone.
+    pub fn new(hub: Arc<Hub>, listener: Option<Listener>) -> std::io::Result<Server> {
+        let flags = TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK;
+        let timer = timerfd_create(TimerfdClockId::Monotonic, flags)?;
+        let spare = Some(rustix::io::fcntl_dupfd_cloexec(&timer, 0)?);
+        Ok(Server {
+            hub,
+            listener,
+            timer,
+            timer_armed: false,
+            spare,
+            last_client: 0,
+            conns: BTreeMap::new(),
+            people: People::new(),
+        })
+    }
+
+    /// Serves until the process ends; returns only where that is impossible.
+    pub fn run(self) -> Result<(), event_manager::Error> {
+        let mut manager = EventManager::new()?;
+        manager.add_subscriber(self);
+        loop {
+            manager.run()?;
+        }
+    }
+
+    /// Accepts who waits.
+    fn accept(&mut self, ops: &mut EventOps) {
+        for _ in 0..TURN {
+            let Some(listener) = &self.listener else { return };
+            let (socket, peer) = match listener.accept() {
+                Ok(accepted) => accepted,
+                Err(error) => match Errno::from_io_error(&error) {
+                    Some(Errno::AGAIN) => return,
+                    Some(Errno::MFILE | Errno::NFILE) => return self.turn_away(),
+                    _ => {
+                        warn!("a client could not be accepted: {error}");
+                        return;
+                    }
+                },
+            };
+            let refused = if !listener.admits(peer.uid) {
+                warn!(
+                    "user {} (pid {}) may not use the host socket: --host-uid",
+                    peer.uid, peer.pid
+                );
+                Some(Status::Access)
+            } else if self.conns.len() >= MAX_CLIENTS {
+                warn!("pid {}: there are {MAX_CLIENTS} host clients already", peer.pid);
+                Some(Status::Quota)
+            } else {
+                None
+            };
+            if let Some(status) = refused {
+                let last_words = request::refusal(Type::Hello.to_wire(), status, 0, 0);
+                // Whether it reads them is its own business.
+                let _ = packet::send(&socket, &last_words.bytes, None, Wait::Never);
+                continue;
+            }
+            self.last_client += 1;
+            let client = ClientId(self.last_client);
+            let token = (FIRST_CLIENT..).find(|token| !self.conns.contains_key(token));
+            let token = token.unwrap_or(FIRST_CLIENT);
+            let events = Events::with_data(&socket, token, EventSet::IN);
+            if let Err(error) = ops.add(events) {
+                error!("a client cannot be watched: {error}");
+                continue;
+            }
+            debug!("client {client}: pid {}, user {}", peer.pid, peer.uid);
+            self.people.insert(client, Person { pid: peer.pid, name: [0; NAME_LEN] });
+            let interest = Interest { read: true, write: false };
+            self.conns.insert(token, (Conn::new(socket, client), interest));
+        }
+    }
+
+    /// Without a free descriptor a waiting connection would keep the listener readable for ever.
+    fn turn_away(&mut self) {
+        warn!("no descriptor left for another host client: raise LimitNOFILE (ulimit -n)");
+        self.spare = None;
+        if let Some(listener) = &self.listener {
+            drop(listener.accept());
+        }
+        self.spare = rustix::io::fcntl_dupfd_cloexec(&self.timer, 0).ok();
+    }
+
+    /// A turn of requests of one client.
+    fn serve(&mut self, token: u32) -> Result<(), Gone> {
+        for _ in 0..TURN {
+            let Some((conn, _)) = self.conns.get_mut(&token) else { break };
+            let Some(answer) = conn.next_answer(&self.hub, &self.people)? else { break };
+            if let (Some(name), Some(person)) = (conn.name(), self.people.get_mut(&conn.client())) {
+                person.name = name;
+            }
+            self.spread_news();
+            let Some((conn, _)) = self.conns.get_mut(&token) else { break };
+            conn.push(answer, &self.hub)?;
+        }
+        Ok(())
+    }
+
+    /// Gives each client what the hub has for it.
+    fn spread_news(&mut self) {
+        let news = self.hub.take_host_news();
+        for (client, number, status, generation) in news.done {
+            let conn = self.conns.values_mut().find(|(conn, _)| conn.client() == client);
+            if let Some((conn, _)) = conn {
+                conn.begun(number, status, generation);
+            }
+        }
+        for notice in &news.notices {
+            for (conn, _) in self.conns.values_mut() {
+                conn.note(notice);
+            }
+        }
+    }
+
+    fn drop_client(&mut self, token: u32, why: Gone, ops: &mut EventOps) {
+        let Some((conn, _)) = self.conns.remove(&token) else { return };
+        let client = conn.client();
+        match why {
+            Gone::Closed => debug!("client {client} is gone"),
+            Gone::Broken(what) => info!("client {client} broke the protocol: {what}"),
+            Gone::Failed(error) => warn!("client {client} failed: {error}"),
+        }
+        if let Err(error) = ops.remove(Events::empty(&conn.as_fd())) {
+            error!("client {client} is still watched: {error}");
+        }
+        self.people.remove(&client);
+        // First its descriptors that are still on their way, then its leases.
+        drop(conn);
+        self.hub.client_gone(client);
+    }
+
+    /// Sends what there is to send, sets the clock, and says what to wait for.
+    fn settle(&mut self, ops: &mut EventOps) {
+        let due = self.hub.tick();
+        self.spread_news();
+        let mut gone = Vec::new();
+        for (token, (conn, waits_for)) in &mut self.conns {
+            if conn.interest().write
+                && let Err(why) = conn.write(&self.hub)
+            {
+                gone.push((*token, why));
+                continue;
+            }
+            let interest = conn.interest();
+            if interest != *waits_for {
+                let mut set = EventSet::empty();
+                set.set(EventSet::IN, interest.read);
+                set.set(EventSet::OUT, interest.write);
+                match ops.modify(Events::with_data(&conn.as_fd(), *token, set)) {
+                    Ok(()) => *waits_for = interest,
+                    Err(error) => error!("client {} is watched no more: {error}", conn.client()),
+                }
+            }
+        }
+        for (token, why) in gone {
+            self.drop_client(token, why, ops);
+        }
+        self.arm(due);
+    }
+
+    fn arm(&mut self, due: Option<Duration>) {
+        if due.is_none() && !self.timer_armed {
+            return;
+        }
+        // Zero would disarm it.
+        let due_in = due.map_or(Duration::ZERO, |due| due.max(Duration::from_nanos(1)));
+        let value = Timespec {
+            tv_sec: i64::try_from(due_in.as_secs()).unwrap_or(i64::MAX),
+            tv_nsec: due_in.subsec_nanos().into(),
+        };
+        let spec = Itimerspec { it_interval: Timespec { tv_sec: 0, tv_nsec: 0 }, it_value: value };
+        match timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &spec) {
+            Ok(_) => self.timer_armed = due.is_some(),
+            Err(error) => error!("the clock cannot be set: {error}"),
+        }
+    }
+}
+
+impl MutEventSubscriber for Server {
+    fn init(&mut self, ops: &mut EventOps) {
+        let listener = self.listener.as_ref().map(|listener| (listener.as_fd(), LISTENER));
+        let sources = [(self.hub.host_wake().as_fd(), WAKE), (self.timer.as_fd(), TIMER)];
+        for (source, token) in sources.into_iter().chain(listener) {
+            if let Err(error) = ops.add(Events::with_data(&source, token, EventSet::IN)) {
+                error!("the host socket's thread is deaf: {error}");
+            }
+        }
+    }
+
+    fn process(&mut self, events: Events, ops: &mut EventOps) {
+        match events.data() {
+            LISTENER => self.accept(ops),
+            WAKE => hub::consume(self.hub.host_wake()),
+            TIMER => {
+                // Nothing to read: it was set anew meanwhile.
+                let _ = rustix::io::read(&self.timer, &mut [0; 8]);
+            }
+            token => {
+                let readable = EventSet::IN | EventSet::HANG_UP | EventSet::ERROR;
+                if events.event_set().intersects(readable)
+                    && let Err(why) = self.serve(token)
+                {
+                    self.drop_client(token, why, ops);
+                }
+            }
+        }
+        self.settle(ops);
+    }
+}

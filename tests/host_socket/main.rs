@@ -1,0 +1,414 @@
+//! The host socket as `spec/host-socket.md` has it: requests, events, limits, and clients that do
+//! everything wrong.
+
+mod desk;
+
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::time::{Duration, Instant};
+
+use bufshare::host::client::{Access, Client, Error, Event};
+use bufshare::host::listener::{ListenError, Listener};
+use bufshare::host::packet::{self, Wait};
+use bufshare::host::wire::{self, FdKind, Type};
+use bufshare::ids::Access as Bits;
+use bufshare::limits::{MAX_CLIENT_WAITS, MAX_CLIENTS, MAX_LEASES};
+use bufshare::protocol::{Mode, Status, flag};
+use bufshare::registry::GrantRequest;
+use desk::{Desk, READ, Raw, SIZE, WRITE, grant, request};
+use uuid::Uuid;
+use zerocopy::IntoBytes;
+
+const SOON: Option<Duration> = Some(Duration::from_secs(5));
+const NEVER: Option<Duration> = Some(Duration::from_millis(50));
+const WAIT: Duration = Duration::from_secs(5);
+
+fn refused<T>(result: Result<T, Error>) -> Status {
+    match result {
+        Err(error) => error.status().unwrap_or_else(|| panic!("not a refusal: {error}")),
+        Ok(_) => Status::Ok,
+    }
+}
+
+fn offered(client: &mut Client) -> Uuid {
+    match client.next_event(SOON).unwrap() {
+        Some(Event::Offered(buffer)) => buffer.uuid,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn changed(client: &mut Client) -> u64 {
+    match client.next_event(SOON).unwrap() {
+        Some(Event::Changed(buffer)) => buffer.generation,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn the_socket_is_private_and_stale_ones_are_replaced() {
+    let desk = Desk::start();
+    let mode = std::fs::metadata(desk.path()).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    assert!(matches!(Listener::bind(&desk.path(), None), Err(ListenError::Served { .. })));
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("s");
+    drop(Listener::bind(&path, None).unwrap());
+    drop(Listener::bind(&path, None).unwrap());
+    let file = dir.path().join("f");
+    File::create(&file).unwrap();
+    assert!(matches!(Listener::bind(&file, None), Err(ListenError::Occupied { .. })));
+    let error = Listener::bind(&dir.path().join("no/s"), None).unwrap_err().to_string();
+    assert!(error.contains("create its directory"), "{error}");
+}
+
+#[test]
+fn connecting_says_what_is_wrong() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("s");
+    assert!(matches!(Client::connect(&path, "t"), Err(Error::NoSocket { .. })));
+    drop(Listener::bind(&path, None).unwrap());
+    assert!(matches!(Client::connect(&path, "t"), Err(Error::NobodyListens { .. })));
+    let stream = dir.path().join("stream");
+    let _listener = std::os::unix::net::UnixListener::bind(&stream).unwrap();
+    assert!(matches!(Client::connect(&stream, "t"), Err(Error::NotHostSocket { .. })));
+}
+
+#[test]
+fn hello_tells_version_and_limits() {
+    let desk = Desk::start();
+    let client = desk.client();
+    assert_eq!(client.daemon().peer_id, 1);
+    assert_eq!(client.daemon().max_leases as usize, MAX_LEASES);
+    assert_eq!(client.daemon().max_waits as usize, MAX_CLIENT_WAITS);
+    assert!(client.daemon().name.contains("bufshare"));
+    let raw = Raw::connect(&desk.path());
+    let hdr = request(Type::Hello, 0, 7);
+    let hello = wire::Hello { hdr, version: 2.into(), ..Default::default() };
+    assert_eq!(raw.call(&hello), (Status::Unsupp, 7));
+    assert_eq!(raw.call(&request(Type::List, 0, 8)), (Status::Inval, 8));
+}
+
+#[test]
+fn every_offer_is_listed_once_and_found_by_name() {
+    let desk = Desk::start();
+    let mut uuids: Vec<Uuid> = (0..200).map(|i| desk.offer(&format!("frame {i}")).1).collect();
+    desk.export("not granted");
+    uuids.sort();
+    let mut client = desk.client();
+    let listed: Vec<Uuid> = client.list().unwrap().iter().map(|buffer| buffer.uuid).collect();
+    assert_eq!(listed, uuids);
+    let found = client.find("frame 77").unwrap().unwrap();
+    assert_eq!((found.exporter_name.as_str(), found.access), ("app", READ | WRITE));
+    assert_eq!(client.find(&found.uuid.to_string()).unwrap().unwrap(), found);
+    assert_eq!(client.find("not granted").unwrap(), None);
+    desk.offer("frame 77");
+    assert!(matches!(client.find("frame 77"), Err(Error::Ambiguous { count: 2, .. })));
+}
+
+#[test]
+fn a_lease_shows_what_the_exporter_completed_and_gives_it_back() {
+    let desk = Desk::start();
+    let (handle, uuid) = desk.offer("frame");
+    let mut client = desk.client();
+    let lease = client.acquire(uuid, READ | WRITE, false).unwrap();
+    assert_eq!((lease.mode, lease.fd_kind, lease.writable), (Mode::Copy, FdKind::MemFd, false));
+    assert_eq!(lease.metadata.len(), 88);
+    let fd = File::from(lease.fd.try_clone().unwrap());
+
+    desk.ram.write_all_at(b"drawn", 0).unwrap();
+    assert_eq!(desk.end_write(handle), 1);
+    assert_eq!(client.begin(lease.id, Access::READ, WAIT).unwrap(), 1);
+    let mut seen = [0; 5];
+    fd.read_exact_at(&mut seen, 0).unwrap();
+    assert_eq!(&seen, b"drawn");
+    client.end(lease.id, Access::READ).unwrap();
+
+    client.begin(lease.id, Access::WRITE, WAIT).unwrap();
+    fd.write_all_at(b"reply", 100).unwrap();
+    let part = Access { bits: WRITE, offset: 100, len: 5 };
+    assert_eq!(client.end(lease.id, part).unwrap(), 2);
+    desk.ram.read_exact_at(&mut seen, 100).unwrap();
+    assert_eq!(&seen, b"reply");
+
+    let details = client.query(uuid).unwrap();
+    assert_eq!((details.nr_leases, details.buffer.use_count), (1, 1));
+    assert_eq!(details.leases[0].client, "test");
+    assert_eq!(details.leases[0].pid, std::process::id());
+    client.release(lease).unwrap();
+    assert_eq!(client.query(uuid).unwrap().nr_leases, 0);
+}
+
+#[test]
+fn refusals_name_their_reason() {
+    let desk = Desk::start();
+    let (handle, uuid) = desk.export("frame");
+    let mut client = desk.client();
+    assert_eq!(refused(client.acquire(uuid, READ, false)), Status::NoEnt);
+    assert_eq!(refused(client.query(uuid)), Status::NoEnt);
+    desk.grant(grant(handle, Bits::READ));
+    assert_eq!(refused(client.acquire(uuid, WRITE, false)), Status::Access);
+    assert_eq!(refused(client.acquire(uuid, READ, true)), Status::Access);
+    assert_eq!(refused(client.acquire(uuid, 0, false)), Status::Inval);
+    assert_eq!(refused(client.acquire(uuid, 4, false)), Status::Inval);
+    let lease = client.acquire(uuid, READ, false).unwrap();
+    assert_eq!(refused(client.end(lease.id, Access::WRITE)), Status::Access);
+    assert_eq!(refused(client.end(lease.id + 1, Access::READ)), Status::NoEnt);
+    let nothing = Access { bits: 0, offset: 0, len: 0 };
+    assert_eq!(refused(client.end(lease.id, nothing)), Status::Inval);
+    for (offset, len, status) in [
+        (0, SIZE, Status::Ok),
+        (SIZE, 0, Status::Ok),
+        (1, SIZE, Status::Range),
+        (SIZE + 1, 0, Status::Range),
+        (u64::MAX, u64::MAX, Status::Range),
+    ] {
+        assert_eq!(refused(client.end(lease.id, Access { bits: READ, offset, len })), status);
+    }
+    assert_eq!(refused(client.cancel(99)), Status::NoEnt);
+    // Somebody else's lease is none.
+    let mut other = desk.client();
+    assert_eq!(refused(other.end(lease.id, Access::READ)), Status::NoEnt);
+}
+
+#[test]
+fn a_failed_copy_is_an_error_and_no_generation() {
+    let desk = Desk::start();
+    let (_, uuid) = desk.offer("frame");
+    let mut client = desk.client();
+    let lease = client.acquire(uuid, WRITE, false).unwrap();
+    desk.ram.set_len(0).unwrap();
+    assert_eq!(refused(client.end(lease.id, Access::WRITE)), Status::Io);
+    assert_eq!(client.query(uuid).unwrap().buffer.generation, 0);
+}
+
+#[test]
+fn read_only_by_policy_is_never_more() {
+    let desk = Desk::read_only();
+    let (handle, uuid) = desk.export("frame");
+    desk.grant(grant(handle, Bits::READ));
+    let mut client = desk.client();
+    assert_eq!(client.list().unwrap()[0].access, READ);
+    assert_eq!(refused(client.acquire(uuid, WRITE, false)), Status::Access);
+    assert_eq!(client.acquire(uuid, READ, false).unwrap().mode, Mode::Copy);
+}
+
+#[test]
+fn begin_waits_for_the_writer_and_other_requests_go_on() {
+    let desk = Desk::start();
+    let (handle, uuid) = desk.offer("frame");
+    let mut client = desk.client();
+    let lease = client.acquire(uuid, READ, false).unwrap();
+    desk.begin_write(handle);
+    assert_eq!(refused(client.try_begin(lease.id, Access::READ)), Status::Again);
+    let short = Duration::from_millis(30);
+    let before = Instant::now();
+    assert_eq!(refused(client.begin(lease.id, Access::READ, short)), Status::TimedOut);
+    assert!(before.elapsed() >= short);
+
+    let cookie = client.submit_begin(lease.id, Access::READ, WAIT).unwrap();
+    assert_eq!(client.list().unwrap().len(), 1);
+    assert_eq!(client.take_generation(cookie).unwrap(), None);
+    client.cancel(cookie).unwrap();
+    assert_eq!(refused(client.take_generation(cookie)), Status::Canceled);
+
+    let cookie = client.submit_begin(lease.id, Access::READ, WAIT).unwrap();
+    client.list().unwrap();
+    desk.end_write(handle);
+    let generation = loop {
+        client.dispatch().unwrap();
+        if let Some(generation) = client.take_generation(cookie).unwrap() {
+            break generation;
+        }
+    };
+    assert_eq!(generation, 1);
+}
+
+#[test]
+fn waits_leases_and_clients_are_bounded() {
+    let desk = Desk::start();
+    let (handle, uuid) = desk.offer("frame");
+    let mut client = desk.client();
+    let lease = client.acquire(uuid, READ, false).unwrap();
+    desk.begin_write(handle);
+    for _ in 0..MAX_CLIENT_WAITS {
+        client.submit_begin(lease.id, Access::READ, WAIT).unwrap();
+    }
+    assert_eq!(refused(client.begin(lease.id, Access::READ, WAIT)), Status::Busy);
+    client.release(lease).unwrap();
+    for _ in 0..MAX_LEASES {
+        client.acquire(uuid, READ, false).unwrap();
+    }
+    assert_eq!(refused(client.acquire(uuid, READ, false)), Status::Quota);
+    let others: Vec<Client> = (1..MAX_CLIENTS).map(|_| desk.client()).collect();
+    let error = Client::connect(&desk.path(), "one too many").unwrap_err();
+    assert!(matches!(error, Error::TooManyClients), "{error}");
+    drop(others);
+    drop(client);
+    let since = Instant::now();
+    while Client::connect(&desk.path(), "again").is_err() {
+        assert!(since.elapsed() < WAIT);
+    }
+}
+
+#[test]
+fn a_dead_client_leaves_nothing() {
+    let desk = Desk::start();
+    let (handle, uuid) = desk.offer("frame");
+    let mut dead = desk.client();
+    let lease = dead.acquire(uuid, WRITE, false).unwrap();
+    dead.begin(lease.id, Access::WRITE, WAIT).unwrap();
+    let mut client = desk.client();
+    let waiting = client.acquire(uuid, READ, false).unwrap();
+    assert_eq!(refused(client.try_begin(waiting.id, Access::READ)), Status::Again);
+    drop(dead);
+    // Its WRITE is gone with it; the generation stays.
+    assert_eq!(client.begin(waiting.id, Access::READ, WAIT).unwrap(), 0);
+    assert_eq!(client.query(uuid).unwrap().nr_leases, 1);
+    drop((client, lease, waiting));
+    let since = Instant::now();
+    while desk.hub.read(|registry| registry.lease_count()) > 0 {
+        assert!(since.elapsed() < WAIT);
+    }
+    desk.release(handle, false);
+    assert_eq!(desk.hub.read(|registry| registry.buffer_count()), 0);
+}
+
+#[test]
+fn watch_tells_what_is_then_what_happens() {
+    let desk = Desk::start();
+    let (first, uuid) = desk.offer("first");
+    let mut client = desk.client();
+    client.watch(None).unwrap();
+    assert_eq!(offered(&mut client), uuid);
+    let (second, other) = desk.offer("second");
+    assert_eq!(offered(&mut client), other);
+    desk.end_write(first);
+    assert_eq!(changed(&mut client), 1);
+    desk.release(second, false);
+    let event = client.next_event(SOON).unwrap();
+    assert_eq!(event, Some(Event::Withdrawn { uuid: other, reason: Some(Status::Ok) }));
+
+    // Its own END|WRITE is not told.
+    let lease = client.acquire(uuid, WRITE, false).unwrap();
+    assert_eq!(client.end(lease.id, Access::WRITE).unwrap(), 2);
+    assert_eq!(client.next_event(NEVER).unwrap(), None);
+    desk.end_write(first);
+    assert_eq!(changed(&mut client), 3);
+
+    // A holder is told that the exporter wants its memory back, and when its lease is dead.
+    desk.release(first, false);
+    let event = client.next_event(SOON).unwrap();
+    assert!(
+        matches!(event, Some(Event::Withdrawn { uuid: gone, .. }) if gone == uuid),
+        "{event:?}"
+    );
+    desk.hub.close_session(desk.session);
+    let event = client.next_event(SOON).unwrap();
+    assert!(matches!(event, Some(Event::Revoked { uuid: gone, .. }) if gone == uuid), "{event:?}");
+    assert_eq!(refused(client.begin(lease.id, Access::WRITE, WAIT)), Status::Revoked);
+    client.release(lease).unwrap();
+}
+
+#[test]
+fn a_watch_of_one_buffer_tells_nothing_of_others() {
+    let desk = Desk::start();
+    let (handle, uuid) = desk.export("mine");
+    let mut client = desk.client();
+    client.watch(Some(uuid)).unwrap();
+    desk.offer("other");
+    assert_eq!(client.next_event(NEVER).unwrap(), None);
+    let once = GrantRequest { once: true, ..grant(handle, Bits::READ) };
+    desk.grant(once);
+    assert_eq!(offered(&mut client), uuid);
+    // Using up the grant is no withdrawal for who used it.
+    let lease = client.acquire(uuid, READ, false).unwrap();
+    assert_eq!(client.next_event(NEVER).unwrap(), None);
+    assert_eq!(refused(client.acquire(uuid, READ, false)), Status::NoEnt);
+    desk.end_write(handle);
+    assert_eq!(changed(&mut client), 1);
+    desk.release(handle, true);
+    let event = client.next_event(SOON).unwrap();
+    assert!(matches!(event, Some(Event::Revoked { .. })), "{event:?}");
+    client.release(lease).unwrap();
+}
+
+#[test]
+fn a_client_that_does_not_read_stalls_nobody_and_is_told_the_latest() {
+    let desk = Desk::start();
+    let exports: Vec<_> = (0..400).map(|i| desk.offer(&format!("frame {i}"))).collect();
+    let mut slow = desk.client();
+    slow.watch(None).unwrap();
+    // Requests whose answers it does not take either.
+    let deaf = Raw::greeted(&desk.path());
+    let list = wire::List { hdr: request(Type::List, 0, 2), after: [0; 16] };
+    while packet::send(&deaf.0, list.as_bytes(), None, Wait::Never).is_ok() {}
+    let mut brisk = desk.client();
+    for round in 1..=20 {
+        for (handle, _) in &exports {
+            assert_eq!(desk.end_write(*handle), round);
+        }
+        brisk.list().unwrap();
+    }
+    let (last, _) = exports[7];
+    desk.release(last, false);
+    let mut latest = std::collections::HashMap::new();
+    let mut events = 0;
+    while let Some(event) = slow.next_event(Some(Duration::from_millis(300))).unwrap() {
+        events += 1;
+        match event {
+            Event::Offered(buffer) | Event::Changed(buffer) => {
+                latest.insert(buffer.uuid, buffer.generation);
+            }
+            Event::Withdrawn { uuid, .. } => drop(latest.remove(&uuid)),
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(latest.len(), exports.len() - 1);
+    assert!(latest.values().all(|generation| *generation == 20), "{latest:?}");
+    assert!(events < exports.len() * 20, "{events} events: it was told everything");
+}
+
+#[test]
+fn garbage_is_answered_or_ends_the_connection_and_harms_nobody() {
+    let desk = Desk::start();
+    desk.offer("frame");
+    let raw = Raw::greeted(&desk.path());
+    for kind in 0..=u16::MAX {
+        let known = Type::from_wire(kind).filter(|kind| kind.to_wire() < 0x104);
+        let mut hdr = request(Type::Hello, 0, u64::from(kind) + 1);
+        hdr.kind = kind.into();
+        let (status, cookie) = raw.call(&hdr);
+        assert_eq!(cookie, u64::from(kind) + 1);
+        // Those that exist are too short here.
+        assert_eq!(status, if known.is_some() { Status::Inval } else { Status::Unsupp }, "{kind}");
+    }
+    let hdr = request(Type::List, 0, 5);
+    let odd = wire::Req { reserved: 1.into(), ..hdr };
+    assert_eq!(raw.call(&wire::List { hdr: odd, after: [0; 16] }), (Status::Inval, 5));
+    let odd = request(Type::Sync, flag::SYNC_NONBLOCK << 1, 6);
+    assert_eq!(raw.call(&wire::Sync { hdr: odd, ..Default::default() }), (Status::Inval, 6));
+    let mut long = wire::List { hdr, after: [0; 16] }.as_bytes().to_vec();
+    long.resize(wire::MAX_PACKET, 0xff);
+    raw.send(&long);
+    assert_eq!(raw.answer(), Some((Status::Ok, 5)));
+    long.resize(wire::MAX_PACKET + 1, 0xff);
+    raw.send(&long);
+    assert_eq!(raw.answer(), Some((Status::Inval, 5)));
+    let file = tempfile::tempfile().unwrap();
+    packet::send(&raw.0, &long[..32], Some(file.as_fd()), Wait::Forever).unwrap();
+    assert_eq!(raw.answer(), Some((Status::Inval, 5)));
+    raw.send(&[1, 0, 0]);
+    assert_eq!(raw.answer(), None);
+    assert_eq!(desk.client().list().unwrap().len(), 1);
+}
+
+#[test]
+fn statistics_count() {
+    let desk = Desk::start();
+    let (handle, _) = desk.offer("frame");
+    desk.end_write(handle);
+    let stats = desk.client().stats().unwrap();
+    let value = |wanted: &str| stats.iter().find(|(name, _)| name == wanted).unwrap().1;
+    assert_eq!((value("buffers"), value("bytes_copied")), (1, SIZE));
+}
