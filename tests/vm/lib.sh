@@ -48,3 +48,26 @@ guest_image() {
     fi
     echo "$dir"
 }
+
+TARGET=${CARGO_TARGET_DIR:-$REPO/target}
+# One static build for all of the test bed: the same file runs here, on its host and in its guests.
+STATIC=(--target x86_64-unknown-linux-gnu)
+BIN=$TARGET/x86_64-unknown-linux-gnu/release
+static_cargo() { RUSTFLAGS="${RUSTFLAGS:-} -C target-feature=+crt-static" cargo "$@" "${STATIC[@]}"; }
+
+# prepare_end_to_end: builds what end_to_end needs.
+prepare_end_to_end() {
+    static_cargo build --release --bins
+    IMAGE_6_12=$(guest_image 6.12 "$BIN/bufshare-guest")
+    IMAGE_7_2=$(guest_image 7.2 "$BIN/bufshare-guest")
+    export BIN IMAGE_6_12 IMAGE_7_2
+}
+
+# end_to_end TEST OUT [OPTION OF uml...]: one test of the whole chain on a virtualisation host.
+end_to_end() {
+    local name=$1 out=$2
+    shift 2
+    rm -rf "$out"
+    "$VM_DIR/uml" --real --out "$out" --share "$BIN" --share "$CACHE/images" "$@" \
+        env "BIN=$BIN" "IMAGE_6_12=$IMAGE_6_12" "IMAGE_7_2=$IMAGE_7_2" "$VM_DIR/end-to-end" "$name"
+}
