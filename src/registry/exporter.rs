@@ -253,6 +253,7 @@ impl<H: Clone> Registry<H> {
         force: bool,
     ) -> Result<HandleState, Status> {
         let key = self.key(session, handle)?;
+        let told = !self.host_access(key).is_none();
         self.withdraw_all(key);
         self.end_waits(key, |waiter| match waiter.holder {
             Holder::Exporter => Some(Status::Canceled),
@@ -264,8 +265,8 @@ impl<H: Clone> Registry<H> {
         let buffer = self.buffers.get_mut(&key).ok_or(Status::NoEnt)?;
         let mut answer = Self::state_of(buffer);
         let mut pool = None;
-        if !buffer.leases.is_empty() {
-            // Also where its grant was used up before: those who hold it should finish.
+        if !told && !buffer.leases.is_empty() {
+            // Its grant was used up before; those who hold it should finish all the same.
             self.outbox.notices.push(Notice::Withdrawn(buffer.uuid));
         }
         if buffer.pages_in_use() {
