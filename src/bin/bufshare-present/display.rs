@@ -40,6 +40,8 @@ pub enum Told {
 /// The compositor's globals, and the window once it is open.
 pub struct Display {
     pub told: VecDeque<Told>,
+    /// The compositor has not released the buffer since it was last attached.
+    pub busy: bool,
     queue: QueueHandle<Display>,
     compositor: wl_compositor::WlCompositor,
     wm_base: xdg_wm_base::XdgWmBase,
@@ -75,6 +77,7 @@ impl Display {
         }
         let mut display = Display {
             told: VecDeque::new(),
+            busy: false,
             queue: queue.clone(),
             compositor,
             wm_base,
@@ -117,8 +120,9 @@ impl Display {
     }
 
     /// Commits; the frame callback will bear `commit`. With `content` the whole buffer is new.
-    pub fn commit(&self, window: &Window, content: bool, commit: u64) {
+    pub fn commit(&mut self, window: &Window, content: bool, commit: u64) {
         if content {
+            self.busy = true;
             window.surface.attach(Some(&window.buffer), 0, 0);
             window.surface.damage_buffer(0, 0, i32::MAX, i32::MAX);
         }
@@ -206,7 +210,7 @@ impl Display {
 }
 
 impl Window {
-    /// Takes the picture off the screen; the compositor answers with [`Told::Released`].
+    /// Takes the picture off the screen; a busy compositor then releases the buffer.
     pub fn clear(&self) {
         self.surface.attach(None, 0, 0);
         self.surface.commit();
@@ -258,6 +262,7 @@ on_event!(wl_callback::WlCallback, u64, |display, _callback, event, commit| {
 });
 on_event!(wl_buffer::WlBuffer, (), |display, _buffer, event, _data| {
     if let wl_buffer::Event::Release = event {
+        display.busy = false;
         display.told.push_back(Told::Released);
     }
 });

@@ -335,10 +335,9 @@ impl Show {
 
     /// Picture off the screen, the compositor's import gone, fd closed, lease ended.
     fn hand_back(mut self, events: &mut EventQueue<Display>) -> Result<(), Failure> {
-        self.display.told.clear();
         self.window.clear();
         let deadline = Instant::now() + LETTING_GO;
-        while !self.display.told.contains(&Told::Released) && Instant::now() < deadline {
+        while self.display.busy && Instant::now() < deadline {
             events.roundtrip(&mut self.display)?;
             std::thread::sleep(Duration::from_millis(2));
         }
