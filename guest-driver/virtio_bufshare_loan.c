@@ -7,7 +7,8 @@
  * <debugfs>/bufshare/quarantine tells what keeps it from being unloaded.
  *
  * A session that is over can tell no RELEASED any more. Its loans end when a later session of the
- * same device answers that no export of an earlier one lingers.
+ * same device answers that no export of an earlier one lingers. Not one of another epoch: a device
+ * that lost its state knows nothing of what it lent out before. Those stay until a reboot.
  */
 #include <linux/debugfs.h>
 #include <linux/dma-buf.h>
@@ -480,6 +481,7 @@ void bufshare_loans_settle(struct bufshare *bs)
 		list_for_each_entry(loan, &bufshare_loans, node) {
 			if (bufshare_loan_in_session(loan) ||
 			    loan->peer_id != bs->config.peer_id ||
+			    loan->epoch != bs->config.epoch ||
 			    strcmp(loan->bs->where, bs->where))
 				continue;
 			kref_get(&loan->ref);

@@ -16,7 +16,7 @@ use crate::uapi;
 
 /// What a request was about, and the kernel's answer.
 #[derive(Debug, Error)]
-#[error("{what}: {source}")]
+#[error("{what} failed")]
 pub struct Error {
     pub what: &'static str,
     pub source: io::Error,
