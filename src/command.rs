@@ -29,6 +29,7 @@ pub enum Command {
     Grant(GrantRequest),
     Release { handle: HandleId, force: bool },
     Query { handle: HandleId },
+    QueryLinger { index: u64 },
     SetName { handle: HandleId, name: [u8; NAME_LEN] },
     PeerInfo { index: u32 },
     Cancel { handle: HandleId, cookie: Cookie },
@@ -93,6 +94,10 @@ impl Raw<'_> {
                 let req: wire::Handle = self.fixed(opcode, flags, 0)?;
                 Ok(Command::Query { handle: id(req.handle) })
             }
+            Opcode::QueryLinger => {
+                let req: wire::Handle = self.fixed(opcode, flags, 0)?;
+                Ok(Command::QueryLinger { index: req.handle.get() })
+            }
             Opcode::SetName => {
                 let req: wire::SetName = self.fixed(opcode, flags, 0)?;
                 check_name(&req.name)?;
@@ -148,7 +153,7 @@ impl Raw<'_> {
         let segments_len = u64::from(req.nr_segments.get()) * size_of::<Segment>() as u64;
         let metadata_at = size_of::<wire::Export>() as u64 + segments_len;
         let metadata_len = req.metadata_len.get();
-        if metadata_at + u64::from(metadata_len) > self.readable {
+        if metadata_at + u64::from(metadata_len).next_multiple_of(8) > self.readable {
             return Err(Status::Inval);
         }
         let part = flags & flag::EXPORT_PART != 0;
@@ -233,7 +238,7 @@ fn request_len(opcode: Opcode) -> Option<usize> {
     Some(match opcode {
         Opcode::Export => size_of::<wire::Export>(),
         Opcode::Grant => size_of::<wire::Grant>(),
-        Opcode::Release | Opcode::Query => size_of::<wire::Handle>(),
+        Opcode::Release | Opcode::Query | Opcode::QueryLinger => size_of::<wire::Handle>(),
         Opcode::SetName => size_of::<wire::SetName>(),
         Opcode::PeerInfo => size_of::<wire::PeerInfo>(),
         Opcode::Cancel => size_of::<wire::Cancel>(),
@@ -247,7 +252,7 @@ fn response_len(opcode: Opcode) -> Option<usize> {
     Some(match opcode {
         Opcode::Export => size_of::<wire::RespExport>(),
         Opcode::Grant | Opcode::SetName | Opcode::Cancel => size_of::<wire::Resp>(),
-        Opcode::Release | Opcode::Query => size_of::<wire::RespState>(),
+        Opcode::Release | Opcode::Query | Opcode::QueryLinger => size_of::<wire::RespState>(),
         Opcode::PeerInfo => size_of::<wire::RespPeerInfo>(),
         Opcode::Sync => size_of::<wire::RespSync>(),
         _ => return None,

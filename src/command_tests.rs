@@ -52,6 +52,9 @@ fn an_export_needs_all_its_bytes() {
     for len in 8..good.len() {
         assert_eq!(parse(&good[..len], vq::CONTROL), Err(Status::Inval), "{len} bytes");
     }
+    let req = wire::Export { metadata_type: u32::MAX.into(), metadata_len: 12.into(), ..export() };
+    assert_eq!(parse(&bytes_of(&req, 1, &[0; 12]), vq::CONTROL), Err(Status::Inval), "no padding");
+    assert!(parse(&bytes_of(&req, 1, &[0; 16]), vq::CONTROL).is_ok());
     let short =
         Raw { bytes: &good, readable: good.len() as u64, room: 39, queue: 0, features: ALL };
     assert_eq!(short.parse(), Err(Status::Inval), "no room for the response");

@@ -20,7 +20,7 @@ use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
-use log::{debug, error, info, warn};
+use log::{debug, error, warn};
 use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
 use vhost_user_backend::{VhostUserBackend, VringT};
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
@@ -44,6 +44,8 @@ use crate::memory::MemoryMap;
 use crate::protocol::{self as wire, Status, feature, vq};
 use crate::queue::{Chain, Memory, Rings, Slot, Vring};
 use crate::reply::{self, Refused, Reply};
+use crate::throttle::Throttle;
+use crate::throttled;
 
 /// Number of the wake-up among the worker's events; the framework owns those up to the queue count.
 pub const WAKE: u64 = vq::COUNT as u64 + 1;
@@ -81,6 +83,7 @@ pub struct Device {
     /// For the main channel, which must know whether the guest could be between two sessions.
     vrings: Mutex<Vec<Vring>>,
     exit: Mutex<Option<i32>>,
+    throttle: Throttle,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -108,6 +111,7 @@ impl Device {
             }),
             vrings: Mutex::default(),
             exit: Mutex::default(),
+            throttle: Throttle::new(),
         })
     }
 
@@ -145,7 +149,7 @@ impl Device {
     }
 
     fn reset_session(&self, worker: &mut Worker) {
-        info!("{}: the guest reset its device", self.options.name);
+        throttled!(self.throttle, Info, "{}: the guest reset its device", self.options.name);
         worker.rings.reset();
         worker.parked.clear();
         self.hub.close_session(worker.session);
@@ -163,11 +167,21 @@ impl Device {
             if let Err(error) = vring.disable_notification() {
                 return debug!("{}: queue {queue}: {error}", self.options.name);
             }
+            let mut any = false;
             while let Some(chain) = worker.rings.take(vrings, queue) {
                 self.answer(worker, vrings, queue, chain);
+                any = true;
             }
             match vring.enable_notification() {
-                Ok(true) => {}
+                Ok(true) if any => {}
+                Ok(true) => {
+                    let name = &self.options.name;
+                    return throttled!(
+                        self.throttle,
+                        Warn,
+                        "{name}: the guest broke queue {queue}"
+                    );
+                }
                 Ok(false) => return,
                 Err(error) => return debug!("{}: queue {queue}: {error}", self.options.name),
             }

@@ -49,6 +49,10 @@ pub fn execute(hub: &Hub, vm: Context<'_>, command: Command) -> Option<Result<Re
         Command::Query { handle } => {
             hub.read(|r| r.query(session, handle)).map(Reply::State).map_err(Refused::from)
         }
+        Command::QueryLinger { index } => {
+            let state = hub.read(|r| r.query_linger(session, index));
+            state.map(Reply::State).map_err(Refused::from)
+        }
         Command::SetName { handle, name } => {
             done(hub.with(|r, _| r.set_name(session, handle, name)))
         }

@@ -11,7 +11,7 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use log::{error, warn};
+use log::error;
 use uuid::Uuid;
 
 use crate::dmabuf::{Backing, DmaBufs};
@@ -23,6 +23,8 @@ use crate::protocol::Status;
 use crate::registry::{
     Acquired, Begun, BufferInfo, Done, Ended, Notice, Origin, Outbox, Registry, SyncRequest,
 };
+use crate::throttle::Throttle;
+use crate::throttled;
 
 /// Memory behind a buffer, shared between the registry and whoever uses it right now.
 pub type Memory = Arc<Backing>;
@@ -66,6 +68,7 @@ pub struct Hub {
     pub policy: Policy,
     /// Counters.
     pub metrics: Metrics,
+    throttle: Throttle,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -112,6 +115,7 @@ impl Hub {
             dmabufs,
             policy,
             metrics: Metrics::default(),
+            throttle: Throttle::new(),
         })
     }
 
@@ -165,7 +169,8 @@ impl Hub {
     fn held_elsewhere(&self, memory: &Backing) -> bool {
         self.metrics.observations.add(1);
         self.dmabufs.held_elsewhere(memory).unwrap_or_else(|error| {
-            warn!("references to a dma-buf cannot be counted, so it counts as held: {error}");
+            let what = "references to a dma-buf cannot be counted, so it counts as held";
+            throttled!(self.throttle, Warn, "{what}: {error}");
             true
         })
     }
@@ -320,7 +325,7 @@ impl Hub {
         drop(copy);
         match &copied {
             Ok(bytes) => self.metrics.bytes_copied.add(*bytes),
-            Err(error) => warn!("a copy failed: {error}"),
+            Err(error) => throttled!(self.throttle, Warn, "a copy failed: {error}"),
         }
         let generation = self.with(|registry, _| registry.finish_copy(ticket, copied.is_ok()));
         copied.map(|_| generation).ok().ok_or(Status::Io)

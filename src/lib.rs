@@ -18,3 +18,4 @@ pub mod registry;
 pub mod reply;
 pub mod serve;
 pub mod testcard;
+pub mod throttle;

@@ -23,9 +23,11 @@ use clap::Parser;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 fn main() -> ExitCode {
-    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info"))
-        .format_timestamp_millis()
-        .init();
+    env_logger::Builder::from_env(
+        env_logger::Env::default().default_filter_or("info,virtio_queue=off"),
+    )
+    .format_timestamp_millis()
+    .init();
     let args = Args::parse();
     if args.print_capabilities {
         let capabilities = serde_json::json!({

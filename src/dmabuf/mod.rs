@@ -14,6 +14,8 @@ use log::{info, warn};
 use crate::ioctl;
 use crate::memory::{self, FileSegment};
 use crate::protocol::{Mode, Status};
+use crate::throttle::Throttle;
+use crate::throttled;
 pub use udmabuf::{Device, Source};
 
 /// What the descriptor of a backing is.
@@ -209,7 +211,8 @@ fn label(fd: BorrowedFd<'_>, name: &str) {
 }
 
 fn refused(error: &io::Error) -> Status {
-    warn!("no memory for an export: {error}");
+    static THROTTLE: Throttle = Throttle::new();
+    throttled!(THROTTLE, Warn, "no memory for an export: {error}");
     match error.raw_os_error() {
         Some(libc::ENOMEM | libc::EMFILE | libc::ENFILE) => Status::NoMem,
         _ => Status::Io,

@@ -291,6 +291,18 @@ impl<H: Clone> Registry<H> {
         self.buffers.get(&key).map(Self::state_of).ok_or(Status::NoEnt)
     }
 
+    /// QUERY_LINGER: an export of an earlier session that is still in use. NOENT past the last one.
+    pub fn query_linger(&self, session: SessionId, index: u64) -> Result<HandleState, Status> {
+        self.vm(session)?;
+        let lingers = |(_, buffer): &(&BufferKey, &Buffer<H>)| {
+            buffer.owner == session.peer && buffer.phase == Phase::Lingering
+        };
+        let mut found: Vec<_> = self.buffers.iter().filter(lingers).collect();
+        found.sort_unstable_by_key(|(key, _)| **key);
+        let at = usize::try_from(index).ok().and_then(|index| found.get(index));
+        at.map(|(_, buffer)| Self::state_of(buffer)).ok_or(Status::NoEnt)
+    }
+
     /// SET_NAME.
     pub fn set_name(
         &mut self,
@@ -313,8 +325,8 @@ impl<H: Clone> Registry<H> {
         let state = match buffer.phase {
             Phase::Live if use_count == 0 => State::Exported,
             Phase::Live => State::InUse,
-            Phase::Releasing => State::Releasing,
-            Phase::Told | Phase::Orphan | Phase::Lingering => State::Released,
+            Phase::Releasing | Phase::Lingering => State::Releasing,
+            Phase::Told | Phase::Orphan => State::Released,
         };
         HandleState {
             state,

@@ -115,7 +115,7 @@ fn short_requests_are_malformed() {
 /// [dev-chain-4]
 #[test]
 fn unknown_types_and_wrong_queues_are_unsupported() {
-    let mut guest = bed().guest;
+    let Bed { daemon: _daemon, mut guest } = bed();
     let known = [Opcode::Export, Opcode::Grant, Opcode::Release, Opcode::Query, Opcode::SetName];
     for kind in [0, 1, 0xff, 0x0106, 0x01ff, 0x0302, 0x0403, 0x1000, 0x12ff, 0x2000, 0xffff] {
         assert!(known.iter().all(|op| op.to_wire() != kind));
@@ -258,7 +258,7 @@ fn the_division_into_descriptors_does_not_matter() {
 /// [dev-chain-13] Checked by `parse` for every answer of every test; here once by hand.
 #[test]
 fn detail_belongs_to_fault() {
-    let mut guest = bed().guest;
+    let Bed { daemon: _daemon, mut guest } = bed();
     let answer = guest.raw(vq::CONTROL, &[&query(77)], &[STATE]);
     assert_eq!(answer.written(), [3, 0, 0, 0, 0, 0, 0, 0]);
 }
