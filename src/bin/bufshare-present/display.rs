@@ -130,6 +130,27 @@ impl Display {
         window.surface.commit();
     }
 
+    /// Commits one black pixel of our own instead of the picture. Compositors keep what they showed
+    /// last, in a texture unit for instance, until they draw something else.
+    pub fn commit_blank(&mut self, window: &Window, commit: u64) -> Result<(), Failure> {
+        let Some(shm) = &self.shm else { return Ok(()) };
+        let pixel = rustix::fs::memfd_create("blank", rustix::fs::MemfdFlags::CLOEXEC)
+            .and_then(|pixel| {
+                rustix::io::pwrite(&pixel, &0xff00_0000u32.to_ne_bytes(), 0)?;
+                Ok(pixel)
+            })
+            .map_err(|error| Failure::Kernel(error.into()))?;
+        let format = wl_shm::Format::Argb8888;
+        let pool = shm.create_pool(pixel.as_fd(), 4, &self.queue, ());
+        let blank = pool.create_buffer(0, 1, 1, 4, format, &self.queue, true);
+        pool.destroy();
+        window.surface.attach(Some(&blank), 0, 0);
+        window.surface.damage_buffer(0, 0, i32::MAX, i32::MAX);
+        window.surface.frame(&self.queue, commit);
+        window.surface.commit();
+        Ok(())
+    }
+
     fn dmabuf_buffer(
         &mut self,
         events: &mut EventQueue<Display>,
@@ -182,7 +203,7 @@ impl Display {
         let plane = image.planes[0];
         let (width, height) = (image.width as i32, image.height as i32);
         let (offset, stride) = (plane.offset as i32, plane.stride as i32);
-        let buffer = pool.create_buffer(offset, width, height, stride, number, &self.queue, ());
+        let buffer = pool.create_buffer(offset, width, height, stride, number, &self.queue, false);
         pool.destroy();
         Ok(buffer)
     }
@@ -210,18 +231,12 @@ impl Display {
 }
 
 impl Window {
-    /// Takes the picture off the screen; a busy compositor then releases the buffer.
-    pub fn clear(&self) {
-        self.surface.attach(None, 0, 0);
-        self.surface.commit();
-    }
-
-    /// Closes the window; after the next round trip the compositor has dropped the buffer.
-    pub fn close(self) {
-        self.buffer.destroy();
+    /// Closes the window, after which the compositor releases a busy buffer.
+    pub fn close(self) -> wl_buffer::WlBuffer {
         self.toplevel.destroy();
         self.xdg_surface.destroy();
         self.surface.destroy();
+        self.buffer
     }
 }
 
@@ -260,8 +275,10 @@ on_event!(wl_callback::WlCallback, u64, |display, _callback, event, commit| {
         display.told.push_back(Told::FrameDone(*commit));
     }
 });
-on_event!(wl_buffer::WlBuffer, (), |display, _buffer, event, _data| {
-    if let wl_buffer::Event::Release = event {
+on_event!(wl_buffer::WlBuffer, bool, |display, _buffer, event, blank| {
+    if let wl_buffer::Event::Release = event
+        && !blank
+    {
         display.busy = false;
         display.told.push_back(Told::Released);
     }
@@ -332,7 +349,7 @@ impl Dispatch<params::ZwpLinuxBufferParamsV1, ()> for Display {
     }
 
     event_created_child!(Display, params::ZwpLinuxBufferParamsV1, [
-        params::EVT_CREATED_OPCODE => (wl_buffer::WlBuffer, ()),
+        params::EVT_CREATED_OPCODE => (wl_buffer::WlBuffer, false),
     ]);
 }
 

@@ -50,8 +50,8 @@ pub enum Failure {
     TooLarge(#[source] TryFromIntError),
     #[error("the compositor ended the connection")]
     Lost(#[source] Box<dyn std::error::Error + Send + Sync>),
-    #[error("waiting for events failed")]
-    Poll(#[source] std::io::Error),
+    #[error("a system call failed")]
+    Kernel(#[source] std::io::Error),
 }
 
 impl Failure {
@@ -78,7 +78,7 @@ impl Failure {
             Failure::NoDisplay | Failure::NoRuntimeDir | Failure::NoCompositor { .. } => 7,
             Failure::Lacks { .. } | Failure::NoDmabuf | Failure::NoShm => 7,
             Failure::Lost(_) => 7,
-            Failure::Poll(_) => 1,
+            Failure::Kernel(_) => 1,
         }
     }
 }

@@ -34,7 +34,7 @@ const BEGIN_TIMEOUT: Duration = Duration::from_millis(100);
 /// A window that gets no frame callback for this long is not seen by anybody.
 const UNSEEN: Duration = Duration::from_secs(1);
 /// How long the compositor may take to let go of the buffer.
-const LETTING_GO: Duration = Duration::from_secs(2);
+const LETTING_GO: Duration = Duration::from_millis(500);
 
 /// Shows a buffer that a virtual machine offers, in a window of this host's Wayland compositor.
 #[derive(Debug, Parser)]
@@ -94,7 +94,7 @@ fn say(line: std::fmt::Arguments<'_>) {
 }
 
 fn run(args: &Args) -> Result<Reason, Failure> {
-    signals::install().map_err(Failure::Poll)?;
+    signals::install().map_err(Failure::Kernel)?;
     let connection = connect()?;
     let (mut display, mut events) = Display::open(&connection)?;
     let mut client = Client::connect(&args.host_socket, "bufshare-present")?;
@@ -183,7 +183,7 @@ fn wait(fds: &mut [PollFd<'_>], timeout: Option<Duration>) -> Result<bool, Failu
     });
     match poll(&mut all, timeout.as_ref()) {
         Ok(_) | Err(Errno::INTR) => Ok(signals::asked_to_end()),
-        Err(error) => Err(Failure::Poll(error.into())),
+        Err(error) => Err(Failure::Kernel(error.into())),
     }
 }
 
@@ -335,13 +335,13 @@ impl Show {
 
     /// Picture off the screen, the compositor's import gone, fd closed, lease ended.
     fn hand_back(mut self, events: &mut EventQueue<Display>) -> Result<(), Failure> {
-        self.window.clear();
-        let deadline = Instant::now() + LETTING_GO;
-        while self.display.busy && Instant::now() < deadline {
-            events.roundtrip(&mut self.display)?;
-            std::thread::sleep(Duration::from_millis(2));
-        }
-        self.window.close();
+        let blank = u64::MAX;
+        self.display.commit_blank(&self.window, blank)?;
+        let over = |display: &Display| display.told.contains(&Told::FrameDone(blank));
+        dispatch_until(&mut self.display, events, over)?;
+        let buffer = self.window.close();
+        dispatch_until(&mut self.display, events, |display| !display.busy)?;
+        buffer.destroy();
         events.roundtrip(&mut self.display)?;
         drop(self.display);
         match self.client.end(self.lease.id, Access::READ) {
@@ -351,4 +351,18 @@ impl Show {
         }
         Ok(self.client.release(self.lease)?)
     }
+}
+
+/// Lets the compositor speak until what is awaited came, or it had its time.
+fn dispatch_until(
+    display: &mut Display,
+    events: &mut EventQueue<Display>,
+    came: impl Fn(&Display) -> bool,
+) -> Result<(), Failure> {
+    let deadline = Instant::now() + LETTING_GO;
+    while !came(display) && Instant::now() < deadline {
+        events.roundtrip(display)?;
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    Ok(())
 }
