@@ -145,6 +145,11 @@ impl<H> Buffer<H> {
         self.foreign != Foreign::None
     }
 
+    /// Whether a look tells something: while a lease lives new descriptors can arise at any time.
+    pub(super) fn may_be_looked_at(&self) -> bool {
+        self.leases.is_empty() && self.may_be_foreign()
+    }
+
     /// What `peer` was granted; a grant for the peer itself goes before one for all.
     pub(super) fn grant(&self, peer: PeerId) -> Option<&Grant> {
         let find = |who| self.grants.iter().find(|(to, _)| *to == who).map(|(_, grant)| grant);

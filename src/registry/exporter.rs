@@ -241,7 +241,7 @@ impl<H: Clone> Registry<H> {
     pub fn look_before_release(&self, session: SessionId, handle: HandleId) -> Option<BufferKey> {
         let key = self.key(session, handle).ok()?;
         let buffer = self.buffers.get(&key)?;
-        (buffer.leases.is_empty() && buffer.may_be_foreign()).then_some(key)
+        buffer.may_be_looked_at().then_some(key)
     }
 
     /// RELEASE: closes the door, and says RELEASED at once where nobody uses the pages; else the

@@ -203,7 +203,7 @@ impl<H: Clone> Registry<H> {
         self.clear_bits(key, leaves);
         let Some(buffer) = self.buffers.get_mut(&key) else { return };
         buffer.leases.retain(|held| !gone(held.id));
-        if buffer.leases.is_empty() && buffer.may_be_foreign() {
+        if buffer.may_be_looked_at() {
             self.outbox.observe.insert(key);
         }
         self.settle(key);

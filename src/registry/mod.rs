@@ -15,6 +15,8 @@ mod access;
 mod buffer;
 mod exporter;
 mod host;
+#[cfg(test)]
+mod model;
 mod session;
 mod sync;
 #[cfg(test)]
@@ -242,10 +244,10 @@ impl<H: Clone> Registry<H> {
         }
     }
 
-    /// Begins a look at a buffer that the outbox asked for; `None` where its memory is given up.
+    /// Begins a look at a buffer that the outbox asked for; `None` where there is no need any more.
     /// Count its references with the lock released, then say [`observed`](Self::observed).
     pub fn look(&self, key: BufferKey) -> Option<(Look, H)> {
-        let buffer = self.buffers.get(&key)?;
+        let buffer = self.buffers.get(&key).filter(|buffer| buffer.may_be_looked_at())?;
         Some((Look { key, last_lease: buffer.last_lease }, buffer.backing.clone()?))
     }
 
@@ -256,8 +258,7 @@ impl<H: Clone> Registry<H> {
     pub fn observed(&mut self, look: Look, held: bool, now: Duration) {
         let Look { key, last_lease } = look;
         let Some(buffer) = self.buffers.get_mut(&key) else { return };
-        if !buffer.leases.is_empty() || buffer.last_lease != last_lease || !buffer.may_be_foreign()
-        {
+        if !buffer.may_be_looked_at() || buffer.last_lease != last_lease {
             return;
         }
         buffer.foreign = match (held, buffer.foreign) {

@@ -898,6 +898,17 @@ mod foreign {
     }
 
     #[test]
+    fn a_look_at_a_leased_buffer_proves_nothing() {
+        let (mut w, export) = held();
+        let key = w.registry.look_before_release(w.app, export.handle).unwrap();
+        let lease = w.acquire(ANNE, export);
+        // It could see no descriptor because the client has not got its own yet.
+        assert_eq!(w.registry.look(key), None);
+        w.end(ANNE, lease);
+        assert!(w.registry.look(key).is_some());
+    }
+
+    #[test]
     fn a_look_that_never_came_is_asked_for_again() {
         let (mut w, _) = held();
         for _ in 0..3 {

@@ -1,0 +1,1231 @@
+//! The registry against a model of it: random lives of three VMs and two host clients, in which
+//! memory is made late, copies finish late, looks are overtaken, and anybody dies at any time.
+//!
+//! The model keeps what the world knows (handles, leases, descriptors that somebody holds) and
+//! derives all counts from it each time; it knows no phases, queues of events, deadlines or deltas.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::rc::Rc;
+use std::time::Duration;
+
+use proptest::prelude::*;
+use uuid::Uuid;
+
+use super::*;
+use crate::ids::{Access, Cookie};
+use crate::policy::{Rule, Side};
+use crate::protocol::{Mode, NAME_LEN, State};
+
+const VMS: [PeerId; 3] = [PeerId(2), PeerId(3), PeerId(4)];
+/// The host only reads what this one exports.
+const SHY: PeerId = VMS[2];
+const CLIENTS: [ClientId; 2] = [ClientId(1), ClientId(2)];
+const PAGE: u64 = 4096;
+const QUOTA: Quota = Quota { max_exports: 4, max_total_size: 8 * PAGE, max_waits: 2 };
+
+/// One thing that happens. Indices pick among what there is.
+#[derive(Debug, Clone)]
+enum Op {
+    Open {
+        vm: PeerId,
+        connected: bool,
+    },
+    Close {
+        vm: PeerId,
+    },
+    Export {
+        vm: PeerId,
+        pages: u64,
+        access: Access,
+        copy: bool,
+        pool: Option<usize>,
+        at: u64,
+    },
+    Made {
+        ticket: usize,
+        ok: bool,
+    },
+    Grant {
+        export: usize,
+        to: PeerId,
+        access: Access,
+        once: bool,
+        force: bool,
+        ms: u64,
+    },
+    Release {
+        export: usize,
+        force: bool,
+    },
+    SetName {
+        export: usize,
+    },
+    Acquire {
+        client: ClientId,
+        export: usize,
+        access: Access,
+        zero_copy: bool,
+    },
+    EndLease {
+        client: ClientId,
+        lease: usize,
+    },
+    ClientGone {
+        client: ClientId,
+    },
+    /// A client that has a lease gets the descriptor, or somebody closes the last one.
+    Descriptor {
+        export: usize,
+        sent: bool,
+    },
+    Begin {
+        export: usize,
+        lease: Option<usize>,
+        sync: SyncRequest,
+        full: bool,
+    },
+    End {
+        export: usize,
+        lease: Option<usize>,
+        sync: SyncRequest,
+    },
+    Copied {
+        copy: usize,
+        ok: bool,
+    },
+    CancelVm {
+        export: usize,
+        all: bool,
+    },
+    CancelClient {
+        export: usize,
+        wait: usize,
+    },
+    Look {
+        pick: usize,
+    },
+    Seen {
+        look: usize,
+    },
+    TakeEvent {
+        vm: PeerId,
+    },
+    Told {
+        vm: PeerId,
+    },
+    Resync {
+        vm: PeerId,
+    },
+    Time {
+        ms: u64,
+    },
+}
+
+fn access() -> impl Strategy<Value = Access> {
+    prop_oneof![
+        4 => Just(Access::ALL),
+        2 => Just(Access::READ),
+        1 => Just(Access::WRITE),
+        1 => Just(Access::NONE),
+    ]
+}
+
+fn sync() -> impl Strategy<Value = SyncRequest> {
+    (access(), 0..3u64, 0..3u64, prop::bool::weighted(0.1), 0..60u64).prop_map(
+        |(bits, offset, len, nonblock, ms)| SyncRequest {
+            bits,
+            offset: offset * PAGE / 2,
+            len: len * PAGE / 2,
+            nonblock,
+            timeout: Duration::from_millis(ms),
+            cookie: Cookie(0),
+        },
+    )
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let vm = prop::sample::select(&VMS[..]);
+    let client = prop::sample::select(&CLIENTS[..]);
+    let some = 0..64usize;
+    let lease = || prop::option::weighted(0.6, 0..64usize);
+    let yes = any::<bool>;
+    let rarely = || prop::bool::weighted(0.2);
+    let to = prop::sample::select(vec![
+        PeerId::HOST,
+        PeerId::HOST,
+        PeerId::HOST,
+        PeerId::ANY,
+        VMS[0],
+        VMS[1],
+        PeerId(9),
+    ]);
+    prop_oneof![
+        2 => (vm.clone(), yes()).prop_map(|(vm, connected)| Op::Open { vm, connected }),
+        1 => vm.clone().prop_map(|vm| Op::Close { vm }),
+        12 => (vm.clone(), 1..4u64, access(), yes(), prop::option::weighted(0.3, some.clone()), 0..2u64)
+            .prop_map(|(vm, pages, access, copy, pool, at)| {
+                Op::Export { vm, pages, access, copy, pool, at: at * PAGE }
+            }),
+        12 => (some.clone(), prop::bool::weighted(0.9))
+            .prop_map(|(ticket, ok)| Op::Made { ticket, ok }),
+        12 => (some.clone(), to, access(), rarely(), rarely(), 0..40u64).prop_map(
+            |(export, to, access, once, force, ms)| {
+                Op::Grant { export, to, access, once, force, ms: ms.saturating_sub(30) }
+            }
+        ),
+        8 => (some.clone(), rarely()).prop_map(|(export, force)| Op::Release { export, force }),
+        1 => some.clone().prop_map(|export| Op::SetName { export }),
+        20 => (client.clone(), some.clone(), access(), rarely()).prop_map(
+            |(client, export, access, zero_copy)| Op::Acquire { client, export, access, zero_copy }
+        ),
+        12 => (client.clone(), some.clone())
+            .prop_map(|(client, lease)| Op::EndLease { client, lease }),
+        1 => client.prop_map(|client| Op::ClientGone { client }),
+        12 => (some.clone(), yes()).prop_map(|(export, sent)| Op::Descriptor { export, sent }),
+        20 => (some.clone(), lease(), sync(), rarely())
+            .prop_map(|(export, lease, sync, full)| Op::Begin { export, lease, sync, full }),
+        12 => (some.clone(), lease(), sync())
+            .prop_map(|(export, lease, sync)| Op::End { export, lease, sync }),
+        8 => (some.clone(), yes()).prop_map(|(copy, ok)| Op::Copied { copy, ok }),
+        2 => (some.clone(), yes()).prop_map(|(export, all)| Op::CancelVm { export, all }),
+        2 => (some.clone(), some.clone())
+            .prop_map(|(export, wait)| Op::CancelClient { export, wait }),
+        12 => some.clone().prop_map(|pick| Op::Look { pick }),
+        12 => some.prop_map(|look| Op::Seen { look }),
+        8 => vm.clone().prop_map(|vm| Op::TakeEvent { vm }),
+        8 => vm.clone().prop_map(|vm| Op::Told { vm }),
+        1 => vm.prop_map(|vm| Op::Resync { vm }),
+        8 => (0..40u64).prop_map(|ms| Op::Time { ms }),
+    ]
+}
+
+/// A buffer as the world knows it. Its key is its place in the list, plus 1.
+#[derive(Debug)]
+struct Export {
+    session: SessionId,
+    handle: HandleId,
+    uuid: Uuid,
+    size: u64,
+    access: Access,
+    copy: bool,
+    observable: bool,
+    pool: Option<usize>,
+    grants: BTreeMap<PeerId, Grant>,
+    leases: BTreeMap<LeaseId, (ClientId, Access)>,
+    revoked: BTreeSet<LeaseId>,
+    /// RELEASE was answered RELEASING.
+    asked: bool,
+    /// RELEASED holds; `owed` until the event told it.
+    released: bool,
+    owed: bool,
+    /// Its session ended.
+    over: bool,
+    /// Somebody holds a descriptor: the truth.
+    descriptor: bool,
+    /// Somebody may hold one: what the daemon has to believe.
+    suspect: bool,
+    generation: u64,
+    told_busy: bool,
+    offered: bool,
+    bits: Vec<(Holder, Access)>,
+    queue: Vec<Waiter>,
+}
+
+impl Export {
+    fn open(&self) -> bool {
+        !self.released && !self.over
+    }
+
+    fn host_access(&self) -> Access {
+        if !self.open() || self.asked {
+            return Access::NONE;
+        }
+        let grant = self.grants.get(&PeerId::HOST).or(self.grants.get(&PeerId::ANY));
+        let granted = grant.map_or(Access::NONE, |grant| grant.access);
+        if self.session.peer == SHY { granted.intersect(Access::READ) } else { granted }
+    }
+
+    fn held(&self, holder: Holder) -> Access {
+        self.bits.iter().find(|(who, _)| *who == holder).map_or(Access::NONE, |(_, bits)| *bits)
+    }
+
+    fn free(&self, holder: Holder, want: Access) -> bool {
+        let others = self.bits.iter().filter(|(who, _)| *who != holder);
+        others.clone().all(|(_, bits)| !bits.write && (!want.write || !bits.read))
+    }
+
+    fn set(&mut self, holder: Holder, bits: Access) {
+        self.bits.retain(|(who, _)| *who != holder);
+        if !bits.is_none() {
+            self.bits.push((holder, bits));
+        }
+    }
+
+    /// Serves the queue from its head. A WRITE that has to wait holds back who holds nothing.
+    fn serve(&mut self) -> Vec<(Origin, Status)> {
+        let mut served = Vec::new();
+        let mut writer = false;
+        for waiter in std::mem::take(&mut self.queue) {
+            let held = self.held(waiter.holder);
+            if self.free(waiter.holder, waiter.want) && !(writer && held.is_none()) {
+                self.set(waiter.holder, held.union(waiter.want));
+                served.push((waiter.origin, Status::Ok));
+            } else {
+                writer |= waiter.want.write;
+                self.queue.push(waiter);
+            }
+        }
+        served
+    }
+
+    /// Ends waits, clears the bits of who leaves, serves the others.
+    fn leave(
+        &mut self,
+        wait: impl Fn(&Waiter) -> Option<Status>,
+        leaves: impl Fn(Holder) -> bool,
+    ) -> Vec<(Origin, Status)> {
+        let mut done = Vec::new();
+        self.queue.retain(|waiter| {
+            done.extend(wait(waiter).map(|status| (waiter.origin, status)));
+            wait(waiter).is_none()
+        });
+        self.bits.retain(|(holder, _)| !leaves(*holder));
+        done.extend(self.serve());
+        done
+    }
+
+    fn revoke(&mut self) {
+        self.revoked.extend(self.leases.keys());
+    }
+}
+
+fn leased(holder: Holder) -> bool {
+    holder != Holder::Exporter
+}
+
+type Done = (Origin, Status);
+type Result<T> = std::result::Result<T, Status>;
+
+struct World {
+    registry: Registry<Rc<()>>,
+    memory: Rc<()>,
+    now: Duration,
+    sessions: BTreeMap<PeerId, Option<SessionId>>,
+    exports: Vec<Export>,
+    tickets: Vec<(Ticket, SessionId, Option<usize>, Description, bool)>,
+    copies: Vec<(CopyTicket, usize, Holder, Access)>,
+    wanted: BTreeSet<BufferKey>,
+    looks: Vec<(Look, usize, bool, usize)>,
+    events: BTreeMap<PeerId, (SessionId, Event)>,
+    /// Leases so far of all buffers, and the number of the last request that could wait.
+    acquired: BTreeMap<usize, usize>,
+    token: u32,
+}
+
+impl World {
+    fn new() -> World {
+        let rules = vec![
+            Rule { from: Side::One(SHY), to: Side::One(PeerId::HOST), read_only: true },
+            Rule { from: Side::One(VMS[0]), to: Side::One(VMS[1]), read_only: false },
+        ];
+        let vms = VMS.map(|peer| (peer, peer.to_string(), QUOTA, 0));
+        World {
+            registry: Registry::new(Policy::new(rules), vms),
+            memory: Rc::new(()),
+            now: Duration::from_secs(1),
+            sessions: VMS.map(|peer| (peer, None)).into(),
+            exports: Vec::new(),
+            tickets: Vec::new(),
+            copies: Vec::new(),
+            wanted: BTreeSet::new(),
+            looks: Vec::new(),
+            events: BTreeMap::new(),
+            acquired: BTreeMap::new(),
+            token: 0,
+        }
+    }
+
+    // What follows from what the world knows.
+
+    fn parts(&self, of: usize) -> bool {
+        let part = |pool: Option<usize>| pool == Some(of);
+        !self.exports[of].over
+            && (self.exports.iter().any(|export| part(export.pool) && !export.released)
+                || self.tickets.iter().any(|(_, _, pool, ..)| part(*pool)))
+    }
+
+    fn copying(&self, export: usize) -> bool {
+        self.copies.iter().any(|(_, of, ..)| *of == export)
+    }
+
+    fn use_count(&self, index: usize) -> u32 {
+        let export = &self.exports[index];
+        let unknown = export.suspect && export.leases.is_empty();
+        u32::try_from(export.leases.len()).unwrap() + u32::from(unknown || self.parts(index))
+    }
+
+    /// The exporter's pages are in use.
+    fn on_loan(&self, index: usize) -> bool {
+        match self.exports[index].copy {
+            true => self.copying(index) || self.parts(index),
+            false => self.use_count(index) > 0,
+        }
+    }
+
+    fn has_memory(&self, index: usize) -> bool {
+        let export = &self.exports[index];
+        export.open() || !export.leases.is_empty() || export.suspect || self.copying(index)
+    }
+
+    fn exists(&self, index: usize) -> bool {
+        self.has_memory(index) || self.exports[index].owed
+    }
+
+    fn has_event(&self, index: usize) -> bool {
+        let export = &self.exports[index];
+        let level =
+            export.open() && !export.asked && export.told_busy != (self.use_count(index) > 0);
+        export.owed || level
+    }
+
+    /// Tells RELEASED of all that were asked for and are not on loan any more.
+    fn settle(&mut self, done: &mut Vec<Done>) {
+        while let Some(index) = (0..self.exports.len()).find(|index| {
+            let export = &self.exports[*index];
+            export.open() && export.asked && !self.on_loan(*index)
+        }) {
+            let export = &mut self.exports[index];
+            assert!(export.copy || !export.descriptor, "RELEASED while somebody holds the pages");
+            (export.released, export.owed) = (true, true);
+            done.extend(export.leave(|_| None, |holder| holder == Holder::Exporter));
+        }
+    }
+
+    /// What a request of its exporter on its handle meets first.
+    fn handle(&self, index: usize) -> Result<&Export> {
+        let export = &self.exports[index];
+        match (export.over, export.released) {
+            (true, _) => Err(Status::Revoked),
+            (_, true) => Err(Status::NoEnt),
+            _ => Ok(export),
+        }
+    }
+
+    fn lease(&self, index: usize, pick: usize) -> Option<(LeaseId, ClientId)> {
+        let leases = &self.exports[index].leases;
+        let at = pick.checked_rem(leases.len())?;
+        leases.iter().nth(at).map(|(lease, (client, _))| (*lease, *client))
+    }
+
+    fn pick(&self, pick: usize) -> Option<usize> {
+        // The newest are the most interesting.
+        let back = pick.checked_rem(self.exports.len().min(8))?;
+        Some(self.exports.len() - 1 - back)
+    }
+
+    /// Lets one thing happen to both, and compares all that can be seen of it.
+    fn step(&mut self, op: Op) {
+        let before = self.registry.clone();
+        let mut done = Vec::new();
+        let opens = matches!(op, Op::Open { .. } | Op::Told { .. });
+        let refused = self.apply(op, &mut done).is_some_and(|result| result.is_err());
+        self.settle(&mut done);
+        if refused {
+            assert!(same(&before, &self.registry), "a refused operation changed something");
+        }
+        self.compare(before, done, opens);
+    }
+
+    fn apply(&mut self, op: Op, done: &mut Vec<Done>) -> Option<Result<()>> {
+        match op {
+            Op::Open { vm, connected } => {
+                if self.sessions[&vm].is_none() {
+                    let session = self.registry.open_session(vm, connected);
+                    self.sessions.insert(vm, session);
+                }
+                None
+            }
+            Op::Close { vm } => {
+                self.close(vm, done);
+                None
+            }
+            Op::Export { vm, pages, access, copy, pool, at } => {
+                let session = self.sessions[&vm]?;
+                let pool = pool.and_then(|pick| self.pick(pick));
+                let what = Description {
+                    size: pages * PAGE,
+                    access,
+                    name: [0; NAME_LEN],
+                    metadata_type: 0,
+                    metadata: Box::default(),
+                };
+                let expected = self.judge_export(session, &what, pool, at);
+                let part = pool.map(|pool| Part { pool: self.exports[pool].uuid, offset: at });
+                let result = self.registry.begin_export(session, what.clone(), part, false);
+                let result = result.map(|(ticket, memory)| {
+                    assert_eq!(memory.is_some(), pool.is_some());
+                    self.tickets.push((ticket, session, pool, what, copy));
+                });
+                assert_eq!(result, expected);
+                Some(result)
+            }
+            Op::Made { ticket, ok } => {
+                let at = ticket.checked_rem(self.tickets.len())?;
+                self.made(at, ok);
+                None
+            }
+            Op::Grant { export, to, access, once, force, ms } => {
+                let index = self.pick(export)?;
+                let lifetime = Duration::from_millis(ms);
+                let handle = self.exports[index].handle;
+                let request = GrantRequest { handle, to, access, once, force, lifetime };
+                let expected = self.judge_grant(index, request);
+                let session = self.exports[index].session;
+                let result = self.registry.grant(session, request, self.now);
+                assert_eq!(result, expected);
+                if result.is_ok() {
+                    self.granted(index, request, done);
+                }
+                Some(result)
+            }
+            Op::Release { export, force } => {
+                let index = self.pick(export)?;
+                Some(self.release(index, force, done))
+            }
+            Op::SetName { export } => {
+                let index = self.pick(export)?;
+                let Export { session, handle, .. } = self.exports[index];
+                let result = self.registry.set_name(session, handle, [b'n'; NAME_LEN]);
+                assert_eq!(result, self.handle(index).map(|_| ()));
+                Some(result)
+            }
+            Op::Acquire { client, export, access, zero_copy } => {
+                let index = self.pick(export)?;
+                Some(self.acquire(client, index, access, zero_copy))
+            }
+            Op::EndLease { client, lease } => {
+                let all = || self.exports.iter().enumerate();
+                let leases: Vec<_> = all()
+                    .flat_map(|(index, export)| export.leases.keys().map(move |id| (index, *id)))
+                    .collect();
+                let (index, lease) = *leases.get(lease.checked_rem(leases.len())?)?;
+                let result = self.registry.end_lease(client, lease);
+                let mine = self.exports[index].leases[&lease].0 == client;
+                assert_eq!(result, if mine { Ok(()) } else { Err(Status::NoEnt) });
+                if mine {
+                    self.drop_leases(index, |id, _| id == lease, done);
+                }
+                Some(result)
+            }
+            Op::ClientGone { client } => {
+                self.registry.client_gone(client);
+                for index in 0..self.exports.len() {
+                    self.drop_leases(index, |_, of| of == client, done);
+                }
+                None
+            }
+            Op::Descriptor { export, sent } => {
+                let index = self.pick(export)?;
+                let export = &mut self.exports[index];
+                if sent && export.observable && !export.leases.is_empty() {
+                    export.descriptor = true;
+                } else if !sent {
+                    export.descriptor = false;
+                }
+                None
+            }
+            Op::Begin { export, lease, sync, full } => {
+                let index = self.pick(export)?;
+                self.begin(index, lease, sync, full)
+            }
+            Op::End { export, lease, sync } => {
+                let index = self.pick(export)?;
+                self.end(index, lease, sync, done)
+            }
+            Op::Copied { copy, ok } => {
+                let at = copy.checked_rem(self.copies.len())?;
+                self.copied(at, ok, done);
+                None
+            }
+            Op::CancelVm { export, all } => {
+                let index = self.pick(export)?;
+                let export = &self.exports[index];
+                let mine = |waiter: &&Waiter| waiter.holder == Holder::Exporter;
+                let cookie = export.queue.iter().find(mine).map(|waiter| waiter.cookie);
+                let named = if all { Cookie(0) } else { cookie.unwrap_or(Cookie(u32::MAX)) };
+                let result = self.registry.cancel_exporter(export.session, export.handle, named);
+                let expected = self.handle(index).and(cookie.ok_or(Status::NoEnt)).map(|_| ());
+                assert_eq!(result, expected);
+                let hit = |w: &Waiter| {
+                    let named = all || Some(w.cookie) == cookie;
+                    (result.is_ok() && named && !leased(w.holder)).then_some(Status::Canceled)
+                };
+                done.extend(self.exports[index].leave(hit, |_| false));
+                Some(result)
+            }
+            Op::CancelClient { export, wait } => {
+                let index = self.pick(export)?;
+                let queue = &self.exports[index].queue;
+                let at = wait.checked_rem(queue.len())?;
+                let waiter = queue[at];
+                let Origin::Client(client, cookie) = waiter.origin else { return None };
+                let other = CLIENTS.into_iter().find(|other| *other != client).unwrap();
+                assert_eq!(self.registry.cancel_client(other, cookie), Err(Status::NoEnt));
+                let result = self.registry.cancel_client(client, cookie);
+                assert_eq!(result, Ok(()));
+                let hit = |w: &Waiter| (*w == waiter).then_some(Status::Canceled);
+                done.extend(self.exports[index].leave(hit, |_| false));
+                Some(result)
+            }
+            Op::Look { pick } => {
+                let at = pick.checked_rem(self.wanted.len())?;
+                let key = *self.wanted.iter().nth(at).unwrap();
+                self.wanted.remove(&key);
+                let index = usize::try_from(key.0).unwrap() - 1;
+                let found = self.registry.look(key);
+                let export = &self.exports[index];
+                assert_eq!(found.is_some(), export.suspect && export.leases.is_empty());
+                let (look, _) = found?;
+                let acquired = self.acquired.get(&index).copied().unwrap_or(0);
+                self.looks.push((look, index, self.exports[index].descriptor, acquired));
+                None
+            }
+            Op::Seen { look } => {
+                let at = look.checked_rem(self.looks.len())?;
+                let (look, index, held, acquired) = self.looks.remove(at);
+                self.registry.observed(look, held, self.now);
+                let export = &mut self.exports[index];
+                if self.acquired.get(&index).is_none_or(|now| *now == acquired) {
+                    export.suspect &= held;
+                }
+                None
+            }
+            Op::TakeEvent { vm } => {
+                self.take_event(vm);
+                None
+            }
+            Op::Told { vm } => {
+                self.told(vm);
+                None
+            }
+            Op::Resync { vm } => {
+                self.registry.resync(vm);
+                None
+            }
+            Op::Time { ms } => {
+                self.now += Duration::from_millis(ms);
+                let now = self.now;
+                self.registry.tick(now);
+                for export in &mut self.exports {
+                    let due = |w: &Waiter| (w.deadline <= now).then_some(Status::TimedOut);
+                    done.extend(export.leave(due, |_| false));
+                    export.grants.retain(|_, grant| grant.expires.is_none_or(|end| end > now));
+                }
+                None
+            }
+        }
+    }
+
+    fn close(&mut self, vm: PeerId, done: &mut Vec<Done>) {
+        let Some(session) = self.sessions.insert(vm, None).flatten() else { return };
+        self.registry.close_session(session);
+        for export in self.exports.iter_mut().filter(|export| export.session == session) {
+            (export.over, export.owed) = (true, false);
+            let ends = |w: &Waiter| match leased(w.holder) {
+                true => Some(Status::Revoked),
+                false => Some(Status::Canceled),
+            };
+            done.extend(export.leave(ends, |_| true));
+            export.revoke();
+        }
+    }
+
+    fn judge_export(
+        &self,
+        session: SessionId,
+        what: &Description,
+        pool: Option<usize>,
+        at: u64,
+    ) -> Result<()> {
+        if let Some(pool) = pool {
+            let parent =
+                self.handle(pool).ok().filter(|pool| pool.session == session && !pool.asked);
+            let parent = parent.ok_or(Status::NoEnt)?;
+            if !parent.access.contains(what.access) {
+                return Err(Status::Access);
+            }
+            if at + what.size > parent.size {
+                return Err(Status::Range);
+            }
+        }
+        let (exports, bytes) = self.charged(session.peer);
+        let fits = exports < QUOTA.max_exports && bytes + what.size <= QUOTA.max_total_size;
+        if fits { Ok(()) } else { Err(Status::Quota) }
+    }
+
+    fn charged(&self, vm: PeerId) -> (u32, u64) {
+        let exports = (0..self.exports.len())
+            .filter(|index| self.exports[*index].session.peer == vm && self.exists(*index))
+            .map(|index| self.exports[index].size);
+        let tickets = self.tickets.iter().filter(|(_, session, ..)| session.peer == vm);
+        let sizes = exports.chain(tickets.map(|(_, _, _, what, _)| what.size));
+        sizes.fold((0, 0), |(count, bytes), size| (count + 1, bytes + size))
+    }
+
+    fn made(&mut self, at: usize, ok: bool) {
+        let (ticket, session, pool, what, copy) = self.tickets.remove(at);
+        let uuid = Uuid::from_u128(self.exports.len() as u128 + 1);
+        let observable = !copy || uuid.as_u128().is_multiple_of(2);
+        let mode = if copy { Mode::Copy } else { Mode::ZeroCopy };
+        let made = Exported { backing: self.memory.clone(), mode, uuid, observable };
+        let (size, access) = (what.size, what.access);
+        let result =
+            self.registry.finish_export(ticket, if ok { Ok(made) } else { Err(Status::NoMem) });
+        let alive = self.sessions[&session.peer] == Some(session);
+        let Ok((handle, ..)) = result else {
+            let status = if ok { Status::Revoked } else { Status::NoMem };
+            assert_eq!((result, ok && alive), (Err(status), false));
+            return;
+        };
+        assert!(ok && alive);
+        let twin = |other: &Export| other.session == session && other.handle == handle;
+        assert!(!self.exports.iter().any(twin), "a handle was reused");
+        self.exports.push(Export {
+            session,
+            handle,
+            uuid,
+            size,
+            access,
+            copy,
+            observable,
+            pool,
+            grants: BTreeMap::new(),
+            leases: BTreeMap::new(),
+            revoked: BTreeSet::new(),
+            asked: false,
+            released: false,
+            owed: false,
+            over: false,
+            descriptor: false,
+            suspect: false,
+            generation: 0,
+            told_busy: false,
+            offered: false,
+            bits: Vec::new(),
+            queue: Vec::new(),
+        });
+    }
+
+    fn judge_grant(&self, index: usize, request: GrantRequest) -> Result<()> {
+        let export = self.handle(index)?;
+        let vm = export.session.peer;
+        let known = [PeerId::HOST, PeerId::ANY].contains(&request.to);
+        if !known && (vm, request.to) != (VMS[0], VMS[1]) {
+            return Err(Status::NoEnt);
+        }
+        if export.asked {
+            return Err(Status::Revoked);
+        }
+        let too_much = vm == SHY && request.to == PeerId::HOST && request.access.write;
+        if too_much || !export.access.contains(request.access) {
+            return Err(Status::Access);
+        }
+        Ok(())
+    }
+
+    fn granted(&mut self, index: usize, request: GrantRequest, done: &mut Vec<Done>) {
+        let GrantRequest { to, access, once, force, lifetime, .. } = request;
+        let export = &mut self.exports[index];
+        export.grants.remove(&to);
+        let expires = (!lifetime.is_zero()).then(|| self.now + lifetime);
+        if !access.is_none() {
+            export.grants.insert(to, Grant { access, once, expires });
+        } else if force
+            && (to == PeerId::HOST
+                || (to == PeerId::ANY && !export.grants.contains_key(&PeerId::HOST)))
+        {
+            export.revoke();
+            let ends = |w: &Waiter| leased(w.holder).then_some(Status::Revoked);
+            done.extend(export.leave(ends, leased));
+        }
+    }
+
+    fn release(&mut self, index: usize, force: bool, done: &mut Vec<Done>) -> Result<()> {
+        let Export { session, handle, .. } = self.exports[index];
+        let result = self.registry.release(session, handle, force);
+        assert_eq!(result.err(), self.handle(index).err());
+        let answer = result?;
+        let busy = self.on_loan(index);
+        let export = &mut self.exports[index];
+        export.grants.clear();
+        let ends = |w: &Waiter| match leased(w.holder) {
+            true => force.then_some(Status::Revoked),
+            false => Some(Status::Canceled),
+        };
+        let gone = |who| if leased(who) { force } else { !busy };
+        done.extend(export.leave(ends, gone));
+        if force {
+            export.revoke();
+        }
+        (export.asked, export.released) = (true, !busy);
+        assert_eq!(answer.state, if busy { State::Releasing } else { State::Released });
+        assert!(busy || export.copy || !export.descriptor, "RELEASED while the pages are held");
+        Ok(())
+    }
+
+    fn acquire(
+        &mut self,
+        client: ClientId,
+        index: usize,
+        access: Access,
+        zero_copy: bool,
+    ) -> Result<()> {
+        let export = &mut self.exports[index];
+        let offer = export.host_access();
+        let expected = if access.is_none() {
+            Err(Status::Inval)
+        } else if offer.is_none() {
+            Err(Status::NoEnt)
+        } else if !offer.contains(access) || (zero_copy && export.copy) {
+            Err(Status::Access)
+        } else {
+            Ok(())
+        };
+        let result = self.registry.acquire(client, export.uuid, access, zero_copy, self.now);
+        let result = result.map(|acquired| {
+            export.leases.insert(acquired.lease, (client, access));
+            export.suspect = export.observable;
+            *self.acquired.entry(index).or_default() += 1;
+            for to in [PeerId::HOST, PeerId::ANY] {
+                if let Some(grant) = export.grants.get(&to) {
+                    if grant.once {
+                        export.grants.remove(&to);
+                    }
+                    break;
+                }
+            }
+        });
+        assert_eq!(result, expected);
+        result
+    }
+
+    fn drop_leases(
+        &mut self,
+        index: usize,
+        gone: impl Fn(LeaseId, ClientId) -> bool,
+        done: &mut Vec<Done>,
+    ) {
+        let export = &mut self.exports[index];
+        let leases = export.leases.clone();
+        let gone = |lease: &LeaseId| leases.get(lease).is_some_and(|(of, _)| gone(*lease, *of));
+        let leaves = |who| matches!(who, Holder::Lease(lease) if gone(&lease));
+        let ends = |w: &Waiter| leaves(w.holder).then_some(Status::Canceled);
+        done.extend(export.leave(ends, leaves));
+        export.leases.retain(|lease, _| !gone(lease));
+        if export.leases.len() < leases.len() && export.leases.is_empty() && export.suspect {
+            let asked = &self.registry.outbox.observe;
+            assert!(asked.contains(&BufferKey(index as u64 + 1)), "nobody will look");
+        }
+    }
+
+    /// What a request of a holder meets first.
+    fn judge_sync(
+        &self,
+        index: usize,
+        lease: Option<LeaseId>,
+        sync: &SyncRequest,
+        begin: bool,
+    ) -> Result<()> {
+        let export = &self.exports[index];
+        let allowed = match lease {
+            None => {
+                self.handle(index)?;
+                if begin && export.asked {
+                    return Err(Status::Canceled);
+                }
+                Access::ALL
+            }
+            Some(lease) if export.revoked.contains(&lease) => return Err(Status::Revoked),
+            Some(lease) => export.leases[&lease].1,
+        };
+        if sync.bits.is_none() {
+            return Err(Status::Inval);
+        }
+        if !allowed.contains(sync.bits) {
+            return Err(Status::Access);
+        }
+        let inside = sync.offset + sync.len <= export.size;
+        if inside { Ok(()) } else { Err(Status::Range) }
+    }
+
+    fn begin(
+        &mut self,
+        index: usize,
+        lease: Option<usize>,
+        mut sync: SyncRequest,
+        full: bool,
+    ) -> Option<Result<()>> {
+        let lease = lease.and_then(|pick| self.lease(index, pick));
+        self.token += 1;
+        sync.cookie = Cookie(self.token);
+        let judged = self.judge_sync(index, lease.map(|(id, _)| id), &sync, true);
+        let waits = self.waits(self.exports[index].session.peer);
+        let export = &mut self.exports[index];
+        let (holder, origin, full, result) = match lease {
+            Some((lease, client)) => {
+                let origin = Origin::Client(client, sync.cookie);
+                let result = self.registry.begin_lease(client, lease, sync, full, self.now);
+                (Holder::Lease(lease), origin, full, result)
+            }
+            None => {
+                let token = u64::from(self.token);
+                let Export { session, handle, .. } = *export;
+                let call = (token, 100);
+                let result = self.registry.begin_exporter(session, handle, sync, call, self.now);
+                let origin = Origin::Vm(session.peer, token);
+                (Holder::Exporter, origin, waits >= QUOTA.max_waits, result)
+            }
+        };
+        let held = export.held(holder);
+        let writer = export.queue.iter().any(|waiter| waiter.want.write);
+        let at_once = held.contains(sync.bits)
+            || (export.free(holder, sync.bits) && !(writer && held.is_none()));
+        let expected = judged.and(match at_once {
+            true => Ok(Begun::Now(export.generation)),
+            false if sync.nonblock => Err(Status::Again),
+            false if full => Err(Status::Busy),
+            false => Ok(Begun::Waits),
+        });
+        assert_eq!(result, expected);
+        match result {
+            Ok(Begun::Now(_)) => export.set(holder, held.union(sync.bits)),
+            Ok(Begun::Waits) => export.queue.push(Waiter {
+                holder,
+                want: sync.bits,
+                deadline: self.now + sync.timeout,
+                cookie: sync.cookie,
+                origin,
+            }),
+            Err(_) => {}
+        }
+        Some(result.map(|_| ()))
+    }
+
+    fn waits(&self, vm: PeerId) -> u32 {
+        let waiters = self.exports.iter().flat_map(|export| &export.queue);
+        let of_vm = |waiter: &&Waiter| matches!(waiter.origin, Origin::Vm(peer, _) if peer == vm);
+        u32::try_from(waiters.filter(of_vm).count()).unwrap()
+    }
+
+    fn end(
+        &mut self,
+        index: usize,
+        lease: Option<usize>,
+        sync: SyncRequest,
+        done: &mut Vec<Done>,
+    ) -> Option<Result<()>> {
+        let lease = lease.and_then(|pick| self.lease(index, pick));
+        let mut expected = self.judge_sync(index, lease.map(|(id, _)| id), &sync, false);
+        let export = &self.exports[index];
+        let copies = export.copy && sync.bits.write;
+        if lease.is_some() && copies && (export.asked || !export.open()) {
+            expected = expected.and(Err(Status::Revoked));
+        }
+        let (holder, result) = match lease {
+            Some((lease, client)) => {
+                (Holder::Lease(lease), self.registry.end_access(client, lease, sync))
+            }
+            None => {
+                let Export { session, handle, .. } = *export;
+                (Holder::Exporter, self.registry.end_exporter(session, handle, sync))
+            }
+        };
+        assert_eq!(result.as_ref().map(|_| ()).map_err(|status| *status), expected);
+        match result {
+            Ok(Ended::Now(generation)) => {
+                assert!(!copies);
+                self.complete(index, holder, sync.bits, done);
+                assert_eq!(generation, self.exports[index].generation);
+            }
+            Ok(Ended::Copy(ticket, copy)) => {
+                assert!(copies && copy.offset + copy.len <= export.size);
+                assert_eq!(copy.from_exporter, holder == Holder::Exporter);
+                self.copies.push((ticket, index, holder, sync.bits));
+            }
+            Err(_) => {}
+        }
+        Some(expected)
+    }
+
+    fn complete(&mut self, index: usize, holder: Holder, bits: Access, done: &mut Vec<Done>) {
+        let export = &mut self.exports[index];
+        export.generation += u64::from(bits.write);
+        export.set(holder, export.held(holder).minus(bits));
+        done.extend(export.serve());
+    }
+
+    fn copied(&mut self, at: usize, ok: bool, done: &mut Vec<Done>) {
+        let (ticket, index, holder, bits) = self.copies.remove(at);
+        let generation = self.registry.finish_copy(ticket, ok);
+        self.complete(index, holder, bits, done);
+        self.exports[index].generation -= u64::from(!ok && bits.write);
+        assert_eq!(generation, self.exports[index].generation);
+    }
+
+    fn take_event(&mut self, vm: PeerId) {
+        let Some(session) = self.sessions[&vm] else { return };
+        let Some(event) = self.registry.next_event(session, true) else {
+            // A part that is being made is told when it is made.
+            let making = |index| self.tickets.iter().any(|(_, _, pool, ..)| *pool == Some(index));
+            let quiet = |index: usize| {
+                self.exports[index].session != session || !self.has_event(index) || making(index)
+            };
+            assert!((0..self.exports.len()).all(quiet), "an event was lost");
+            return;
+        };
+        if let Some((handle, uuid)) = event.export {
+            let of = |export: &Export| export.session == session && export.handle == handle;
+            let index = self.exports.iter().position(of).expect("an event of somebody else");
+            let export = &self.exports[index];
+            assert_eq!((export.uuid, export.size), (uuid, event.size));
+            let kind = match self.use_count(index) {
+                _ if export.owed => EventKind::Released,
+                0 => EventKind::Idle,
+                _ => EventKind::Busy,
+            };
+            assert!(self.has_event(index), "nothing happened");
+            assert_eq!(event.kind, kind);
+        }
+        self.events.insert(vm, (session, event));
+    }
+
+    fn told(&mut self, vm: PeerId) {
+        let Some((session, event)) = self.events.remove(&vm) else { return };
+        self.registry.event_told(session, event);
+        let handle = event.export.map(|(handle, _)| handle);
+        let of = |export: &&mut Export| {
+            export.session == session && Some(export.handle) == handle && !export.over
+        };
+        let Some(export) = self.exports.iter_mut().find(of) else { return };
+        match event.kind {
+            EventKind::Released => {
+                assert!(export.owed, "RELEASED was told twice");
+                export.owed = false;
+            }
+            kind => export.told_busy = kind == EventKind::Busy,
+        }
+    }
+
+    /// Everything that can be seen of the registry is what follows from what the world knows.
+    fn compare(&mut self, before: Registry<Rc<()>>, mut done: Vec<Done>, opens: bool) {
+        let out = self.registry.take_outbox();
+        let all = 0..self.exports.len();
+        // What ended, once, and how.
+        let mut ended: Vec<_> = out.done.iter().map(|end| (end.origin, end.status)).collect();
+        let order = |(origin, _): &Done| format!("{origin:?}");
+        ended.sort_by_key(order);
+        done.sort_by_key(order);
+        assert_eq!(ended, done);
+        for notice in &out.notices {
+            self.heard(*notice);
+        }
+        self.wanted.extend(&out.observe);
+        drop(out.drop);
+        // Who must be woken.
+        if self.registry.next_deadline().unwrap_or(Duration::MAX)
+            < before.next_deadline().unwrap_or(Duration::MAX)
+        {
+            assert!(out.clock, "the clock was not told of an earlier deadline");
+        }
+        for (peer, vm) in &self.registry.vms {
+            if !opens && idle(&before.vms[peer]) && !idle(vm) {
+                assert!(out.wake.contains(peer), "nobody was woken");
+            }
+        }
+        drop(before);
+        // What exists.
+        let count = |filter: &dyn Fn(usize) -> bool| all.clone().filter(|i| filter(*i)).count();
+        assert_eq!(self.registry.buffer_count(), count(&|i| self.exists(i)));
+        assert_eq!(self.registry.by_uuid.len(), self.registry.buffers.len());
+        assert_eq!(Rc::strong_count(&self.memory) - 1, count(&|i| self.has_memory(i)));
+        let leases: usize = self.exports.iter().map(|export| export.leases.len()).sum();
+        assert_eq!(self.registry.lease_count(), leases);
+        for (peer, vm) in &self.registry.vms {
+            assert_eq!((vm.exports, vm.bytes), self.charged(*peer));
+            assert_eq!(vm.waits, self.waits(*peer));
+            let lingers = |i: usize| {
+                let export = &self.exports[i];
+                export.session.peer == *peer && export.over && !export.released && self.on_loan(i)
+            };
+            assert_eq!(vm.lingering as usize, count(&lingers));
+            let mut queued = BTreeSet::new();
+            for key in &vm.events {
+                assert!(queued.insert(*key), "an export has two places among the events");
+                assert!(self.registry.buffers[key].queued);
+                assert_eq!(self.registry.buffers[key].owner, *peer);
+            }
+        }
+        for (index, export) in self.exports.iter().enumerate() {
+            self.compare_export(index, export);
+        }
+        let due: BTreeSet<_> = self
+            .registry
+            .buffers
+            .iter()
+            .filter_map(|(key, buffer)| Some((buffer.next_due()?, *key)))
+            .collect();
+        assert_eq!(self.registry.deadlines, due);
+    }
+
+    fn compare_export(&self, index: usize, export: &Export) {
+        let found = self.registry.query(export.session, export.handle);
+        let use_count = self.use_count(index);
+        let state = match use_count {
+            _ if export.asked => State::Releasing,
+            0 => State::Exported,
+            _ => State::InUse,
+        };
+        let expected = self.handle(index).map(|export| HandleState {
+            state,
+            use_count,
+            access: export.access,
+            size: export.size,
+            generation: export.generation,
+            uuid: export.uuid,
+        });
+        assert_eq!(found, expected);
+        let offer = export.host_access();
+        assert_eq!(export.offered, !offer.is_none(), "the host was not told of an offer");
+        let seen = self.registry.host_info(export.uuid);
+        assert_eq!(seen.is_some(), export.offered || !export.leases.is_empty());
+        if let Some(seen) = seen {
+            let live: Vec<_> = seen.leases.iter().filter(|lease| !lease.revoked).collect();
+            assert_eq!(live.len(), export.leases.len() - export.revoked_live());
+            assert_eq!((seen.access, seen.generation), (offer, export.generation));
+        }
+        // Nobody waits for nothing.
+        if let Some(first) = export.queue.first() {
+            assert!(!export.free(first.holder, first.want));
+        }
+    }
+
+    fn heard(&mut self, notice: Notice) {
+        let (Notice::Offered(uuid)
+        | Notice::Withdrawn(uuid)
+        | Notice::Changed { uuid, .. }
+        | Notice::Revoked { uuid, .. }) = notice;
+        let export = self.exports.iter_mut().find(|export| export.uuid == uuid).unwrap();
+        match notice {
+            Notice::Offered(_) => export.offered = true,
+            Notice::Withdrawn(_) => export.offered = false,
+            Notice::Changed { generation, .. } => {
+                assert_eq!(generation, export.generation);
+                assert!(export.offered || !export.leases.is_empty());
+            }
+            Notice::Revoked { client, lease, .. } => {
+                assert!(export.revoked.contains(&lease));
+                assert_eq!(export.leases[&lease].0, client);
+            }
+        }
+    }
+
+    /// Everybody lets go. Then whoever waited for that has been told, and nothing is left.
+    fn finish(mut self) {
+        while !self.tickets.is_empty() {
+            self.step(Op::Made { ticket: 0, ok: true });
+        }
+        while !self.copies.is_empty() {
+            self.step(Op::Copied { copy: 0, ok: true });
+        }
+        for client in CLIENTS {
+            self.step(Op::ClientGone { client });
+        }
+        for export in &mut self.exports {
+            export.descriptor = false;
+        }
+        loop {
+            while !self.wanted.is_empty() || !self.looks.is_empty() {
+                self.step(Op::Look { pick: 0 });
+                self.step(Op::Seen { look: 0 });
+            }
+            let Some(next) = self.registry.next_deadline() else { break };
+            let ms = next.saturating_sub(self.now).as_millis() as u64 + 1;
+            self.step(Op::Time { ms });
+        }
+        for vm in VMS {
+            self.step(Op::Told { vm });
+            while self.sessions[&vm]
+                .is_some_and(|session| self.registry.clone().next_event(session, true).is_some())
+            {
+                self.step(Op::TakeEvent { vm });
+                self.step(Op::Told { vm });
+            }
+        }
+        for (index, export) in self.exports.iter().enumerate() {
+            assert!(!export.owed && export.queue.is_empty());
+            assert!(!export.open() || !export.asked || self.on_loan(index), "RELEASED was lost");
+        }
+        for vm in VMS {
+            self.step(Op::Close { vm });
+        }
+        let registry = &self.registry;
+        assert_eq!((registry.buffers.len(), registry.deadlines.len()), (0, 0));
+        assert_eq!((registry.clients.len(), Rc::strong_count(&self.memory)), (0, 1));
+        for vm in registry.vms.values() {
+            assert_eq!((vm.exports, vm.bytes, vm.waits, vm.lingering), (0, 0, 0, 0));
+            assert_eq!((vm.handles.len(), vm.events.len()), (0, 0));
+        }
+    }
+}
+
+impl Export {
+    fn revoked_live(&self) -> usize {
+        self.leases.keys().filter(|lease| self.revoked.contains(lease)).count()
+    }
+}
+
+/// Has nothing to tell, not even what became quiet again.
+fn idle(vm: &Vm) -> bool {
+    vm.events.is_empty() && !vm.resync && vm.peers_changed.is_empty()
+}
+
+/// Equal in all but the policy, which never changes.
+fn same(one: &Registry<Rc<()>>, other: &Registry<Rc<()>>) -> bool {
+    let Registry {
+        policy: _,
+        vms,
+        buffers,
+        by_uuid,
+        clients,
+        deadlines,
+        last_key,
+        last_lease,
+        last_session,
+        outbox,
+    } = one;
+    vms == &other.vms
+        && buffers == &other.buffers
+        && by_uuid == &other.by_uuid
+        && clients == &other.clients
+        && deadlines == &other.deadlines
+        && last_key == &other.last_key
+        && last_lease == &other.last_lease
+        && last_session == &other.last_session
+        && outbox == &other.outbox
+}
+
+proptest! {
+    // A failure prints what is needed to repeat it.
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+    #[test]
+    fn the_registry_does_what_its_model_does(ops in prop::collection::vec(op(), 0..200)) {
+        let mut world = World::new();
+        for vm in VMS {
+            world.step(Op::Open { vm, connected: true });
+        }
+        for op in ops {
+            world.step(op);
+        }
+        world.finish();
+    }
+}
