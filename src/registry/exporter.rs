@@ -293,7 +293,9 @@ impl<H: Clone> Registry<H> {
 
     /// QUERY_LINGER: an export of an earlier session that is still in use. NOENT past the last one.
     pub fn query_linger(&self, session: SessionId, index: u64) -> Result<HandleState, Status> {
-        self.vm(session)?;
+        if index >= u64::from(self.vm(session)?.lingering) {
+            return Err(Status::NoEnt);
+        }
         let lingers = |(_, buffer): &(&BufferKey, &Buffer<H>)| {
             buffer.owner == session.peer && buffer.phase == Phase::Lingering
         };

@@ -1058,6 +1058,14 @@ impl World {
                 export.session.peer == *peer && export.over && !export.released && self.on_loan(i)
             };
             assert_eq!(vm.lingering as usize, count(&lingers));
+            let listed = |session| {
+                let next = |index| self.registry.query_linger(session, index).ok();
+                (0..).map_while(next).map(|state| state.uuid).collect::<Vec<_>>()
+            };
+            if let Some(session) = vm.session {
+                let lingering = all.clone().filter(|i| lingers(*i)).map(|i| self.exports[i].uuid);
+                assert_eq!(listed(session), lingering.collect::<Vec<_>>());
+            }
             let mut queued = BTreeSet::new();
             for key in &vm.events {
                 assert!(queued.insert(*key), "an export has two places among the events");

@@ -1090,6 +1090,29 @@ mod sessions {
     }
 
     #[test]
+    fn what_lingers_can_be_listed() {
+        let mut w = World::new();
+        let exports = [w.export(), w.export(), w.export()];
+        for export in exports {
+            w.grant(export);
+            w.acquire(ANNE, export);
+        }
+        w.release(exports[2], false);
+        w.registry.client_gone(BERT);
+        w.registry.close_session(w.app);
+        w.app = w.registry.open_session(APP, true).unwrap();
+        w.export();
+        for (index, export) in (0..).zip(exports) {
+            let state = w.registry.query_linger(w.app, index).unwrap();
+            assert_eq!((state.state, state.uuid), (State::Releasing, export.uuid));
+        }
+        for index in [3, u64::MAX] {
+            assert_eq!(w.registry.query_linger(w.app, index), Err(Status::NoEnt));
+        }
+        assert_eq!(w.registry.query_linger(w.ui, 0), Err(Status::NoEnt));
+    }
+
+    #[test]
     fn a_private_copy_does_not_linger_but_stays_charged() {
         let mut w = World::new();
         let export = w.export_copy();
