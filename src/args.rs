@@ -43,6 +43,9 @@ pub struct Args {
     /// Refuse exports that could only be copied
     #[arg(long)]
     pub require_zero_copy: bool,
+    /// Give up files and system calls that the daemon does not need
+    #[arg(long, value_name = "on|off", default_value = "on", value_parser = ["on", "off"])]
+    pub sandbox: String,
     /// Print what this back end is, as JSON, and exit
     #[arg(long)]
     pub print_capabilities: bool,
@@ -99,6 +102,8 @@ pub struct Settings {
     pub udmabuf: Source,
     /// Refuse exports that could only be copied.
     pub require_zero_copy: bool,
+    /// Enter the sandbox.
+    pub sandbox: bool,
 }
 
 /// Settings that make no sense.
@@ -150,6 +155,7 @@ impl Args {
             host_uid: self.host_uid.or(file.host_uid),
             udmabuf: udmabuf.map_or(Ok(Source::Auto), |text| parse_udmabuf(text))?,
             require_zero_copy: self.require_zero_copy || file.require_zero_copy,
+            sandbox: self.sandbox == "on",
             vms,
         })
     }

@@ -16,6 +16,7 @@ pub mod protocol;
 pub mod queue;
 pub mod registry;
 pub mod reply;
+pub mod sandbox;
 pub mod serve;
 pub mod testcard;
 pub mod throttle;

@@ -1,6 +1,6 @@
 //! vhost-device-bufshare: the start-up order, written once.
 //!
-//! Arguments, then what needs privileges (udmabuf, sockets), then threads. It knows the order, not
+//! Arguments, then what needs privileges (udmabuf, sockets), then the sandbox, then threads. It knows the order, not
 //! what the parts do.
 
 use std::error::Error;
@@ -18,7 +18,7 @@ use bufshare::host::server::Server;
 use bufshare::hub::{Hub, VmSpec};
 use bufshare::ids::PeerId;
 use bufshare::policy::Policy;
-use bufshare::{ioctl, protocol, serve};
+use bufshare::{ioctl, protocol, sandbox, serve};
 use clap::Parser;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
@@ -72,6 +72,9 @@ fn run(settings: Settings) -> Result<(), Box<dyn Error>> {
     let spec = |vm: &Vm| VmSpec { name: vm.name.clone(), quota: vm.quota };
     let specs: Vec<VmSpec> = settings.vms.iter().map(spec).collect();
     let hub = Arc::new(Hub::new(&specs, Policy::new(settings.rules), dmabufs)?);
+    if settings.sandbox {
+        sandbox::enter()?;
+    }
     for ((peer, vm), listener) in
         (PeerId::FIRST_VM.0..).map(PeerId).zip(&settings.vms).zip(listeners)
     {
