@@ -335,10 +335,12 @@ impl Show {
 
     /// Picture off the screen, the compositor's import gone, fd closed, lease ended.
     fn hand_back(mut self, events: &mut EventQueue<Display>) -> Result<(), Failure> {
-        let blank = u64::MAX;
-        self.display.commit_blank(&self.window, blank)?;
-        let over = |display: &Display| display.told.contains(&Told::FrameDone(blank));
-        dispatch_until(&mut self.display, events, over)?;
+        if self.configured {
+            let blank = u64::MAX;
+            self.display.commit_blank(&self.window, blank)?;
+            let over = |display: &Display| display.told.contains(&Told::FrameDone(blank));
+            dispatch_until(&mut self.display, events, over)?;
+        }
         let buffer = self.window.close();
         dispatch_until(&mut self.display, events, |display| !display.busy)?;
         buffer.destroy();
