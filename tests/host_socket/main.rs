@@ -1,47 +1,34 @@
 //! The host socket as `spec/host-socket.md` has it: requests, events, limits, and clients that do
 //! everything wrong.
 
+#[path = "../common/mod.rs"]
+mod common;
 mod desk;
+mod events;
+mod programs;
 
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::time::{Duration, Instant};
 
-use bufshare::host::client::{Access, Client, Error, Event};
+use bufshare::host::client::{Access, Client, Error};
 use bufshare::host::listener::{ListenError, Listener};
 use bufshare::host::packet::{self, Wait};
 use bufshare::host::wire::{self, FdKind, Type};
 use bufshare::ids::Access as Bits;
 use bufshare::limits::{MAX_CLIENT_WAITS, MAX_CLIENTS, MAX_LEASES};
 use bufshare::protocol::{Mode, Status, flag};
-use bufshare::registry::GrantRequest;
 use desk::{Desk, READ, Raw, SIZE, WRITE, grant, request};
 use uuid::Uuid;
 use zerocopy::IntoBytes;
 
-const SOON: Option<Duration> = Some(Duration::from_secs(5));
-const NEVER: Option<Duration> = Some(Duration::from_millis(50));
 const WAIT: Duration = Duration::from_secs(5);
 
 fn refused<T>(result: Result<T, Error>) -> Status {
     match result {
         Err(error) => error.status().unwrap_or_else(|| panic!("not a refusal: {error}")),
         Ok(_) => Status::Ok,
-    }
-}
-
-fn offered(client: &mut Client) -> Uuid {
-    match client.next_event(SOON).unwrap() {
-        Some(Event::Offered(buffer)) => buffer.uuid,
-        other => panic!("{other:?}"),
-    }
-}
-
-fn changed(client: &mut Client) -> u64 {
-    match client.next_event(SOON).unwrap() {
-        Some(Event::Changed(buffer)) => buffer.generation,
-        other => panic!("{other:?}"),
     }
 }
 
@@ -272,101 +259,6 @@ fn a_dead_client_leaves_nothing() {
     }
     desk.release(handle, false);
     assert_eq!(desk.hub.read(|registry| registry.buffer_count()), 0);
-}
-
-#[test]
-fn watch_tells_what_is_then_what_happens() {
-    let desk = Desk::start();
-    let (first, uuid) = desk.offer("first");
-    let mut client = desk.client();
-    client.watch(None).unwrap();
-    assert_eq!(offered(&mut client), uuid);
-    let (second, other) = desk.offer("second");
-    assert_eq!(offered(&mut client), other);
-    desk.end_write(first);
-    assert_eq!(changed(&mut client), 1);
-    desk.release(second, false);
-    let event = client.next_event(SOON).unwrap();
-    assert_eq!(event, Some(Event::Withdrawn { uuid: other, reason: Some(Status::Ok) }));
-
-    // Its own END|WRITE is not told.
-    let lease = client.acquire(uuid, WRITE, false).unwrap();
-    assert_eq!(client.end(lease.id, Access::WRITE).unwrap(), 2);
-    assert_eq!(client.next_event(NEVER).unwrap(), None);
-    desk.end_write(first);
-    assert_eq!(changed(&mut client), 3);
-
-    // A holder is told that the exporter wants its memory back, and when its lease is dead.
-    desk.release(first, false);
-    let event = client.next_event(SOON).unwrap();
-    assert!(
-        matches!(event, Some(Event::Withdrawn { uuid: gone, .. }) if gone == uuid),
-        "{event:?}"
-    );
-    desk.hub.close_session(desk.session);
-    let event = client.next_event(SOON).unwrap();
-    assert!(matches!(event, Some(Event::Revoked { uuid: gone, .. }) if gone == uuid), "{event:?}");
-    assert_eq!(refused(client.begin(lease.id, Access::WRITE, WAIT)), Status::Revoked);
-    client.release(lease).unwrap();
-}
-
-#[test]
-fn a_watch_of_one_buffer_tells_nothing_of_others() {
-    let desk = Desk::start();
-    let (handle, uuid) = desk.export("mine");
-    let mut client = desk.client();
-    client.watch(Some(uuid)).unwrap();
-    desk.offer("other");
-    assert_eq!(client.next_event(NEVER).unwrap(), None);
-    let once = GrantRequest { once: true, ..grant(handle, Bits::READ) };
-    desk.grant(once);
-    assert_eq!(offered(&mut client), uuid);
-    // Using up the grant is no withdrawal for who used it.
-    let lease = client.acquire(uuid, READ, false).unwrap();
-    assert_eq!(client.next_event(NEVER).unwrap(), None);
-    assert_eq!(refused(client.acquire(uuid, READ, false)), Status::NoEnt);
-    desk.end_write(handle);
-    assert_eq!(changed(&mut client), 1);
-    desk.release(handle, true);
-    let event = client.next_event(SOON).unwrap();
-    assert!(matches!(event, Some(Event::Revoked { .. })), "{event:?}");
-    client.release(lease).unwrap();
-}
-
-#[test]
-fn a_client_that_does_not_read_stalls_nobody_and_is_told_the_latest() {
-    let desk = Desk::start();
-    let exports: Vec<_> = (0..400).map(|i| desk.offer(&format!("frame {i}"))).collect();
-    let mut slow = desk.client();
-    slow.watch(None).unwrap();
-    // Requests whose answers it does not take either.
-    let deaf = Raw::greeted(&desk.path());
-    let list = wire::List { hdr: request(Type::List, 0, 2), after: [0; 16] };
-    while packet::send(&deaf.0, list.as_bytes(), None, Wait::Never).is_ok() {}
-    let mut brisk = desk.client();
-    for round in 1..=20 {
-        for (handle, _) in &exports {
-            assert_eq!(desk.end_write(*handle), round);
-        }
-        brisk.list().unwrap();
-    }
-    let (last, _) = exports[7];
-    desk.release(last, false);
-    let mut latest = std::collections::HashMap::new();
-    let mut events = 0;
-    while let Some(event) = slow.next_event(Some(Duration::from_millis(300))).unwrap() {
-        events += 1;
-        match event {
-            Event::Offered(buffer) | Event::Changed(buffer) => {
-                latest.insert(buffer.uuid, buffer.generation);
-            }
-            Event::Withdrawn { uuid, .. } => drop(latest.remove(&uuid)),
-            other => panic!("{other:?}"),
-        }
-    }
-    assert_eq!(latest.len(), exports.len() - 1);
-    assert!(latest.values().all(|generation| *generation == 20), "{latest:?}");
-    assert!(events < exports.len() * 20, "{events} events: it was told everything");
 }
 
 #[test]
