@@ -160,20 +160,21 @@ impl Device {
     }
 
     /// Answers every chain of a queue. Notifications stay off meanwhile, and the ring is looked at once
-    /// more after they are on again.
+    /// more after they are on again. A ring that says twice that it has more, and gives nothing, is
+    /// broken: once may be a chain that came while notifications were off.
     fn drain(&self, worker: &mut Worker, vrings: &[Vring], queue: u16) {
         let Some(vring) = vrings.get(usize::from(queue)) else { return };
+        let mut promised = false;
         loop {
             if let Err(error) = vring.disable_notification() {
                 return debug!("{}: queue {queue}: {error}", self.options.name);
             }
-            let mut any = false;
             while let Some(chain) = worker.rings.take(vrings, queue) {
                 self.answer(worker, vrings, queue, chain);
-                any = true;
+                promised = false;
             }
             match vring.enable_notification() {
-                Ok(true) if any => {}
+                Ok(true) if !promised => promised = true,
                 Ok(true) => {
                     let name = &self.options.name;
                     return throttled!(

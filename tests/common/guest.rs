@@ -246,7 +246,8 @@ impl Guest {
         let mut frontend = self.frontend();
         frontend.set_features(self.features).expect("SET_FEATURES");
         self.send_memory_table();
-        for (i, ring) in self.rings.iter().enumerate() {
+        for (i, ring) in self.rings.iter_mut().enumerate() {
+            ring.event_idx = self.features & F_EVENT_IDX != 0;
             let user = |address| self.memory.user_address(address);
             let rings = VringConfigData {
                 queue_max_size: ring.size(),

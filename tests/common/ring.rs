@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -20,6 +21,8 @@ pub const WRITE: u16 = 2;
 /// The descriptor is a table of descriptors.
 pub const INDIRECT: u16 = 4;
 
+/// VRING_USED_F_NO_NOTIFY.
+const NO_NOTIFY: u16 = 1;
 const RING_BYTES: u64 = 0x1_0000;
 const AVAIL_AT: u64 = 0x5000;
 const USED_AT: u64 = 0x8000;
@@ -91,8 +94,12 @@ pub struct Ring {
     size: u16,
     base: u64,
     scratch: u64,
+    /// Whether VIRTIO_RING_F_EVENT_IDX was negotiated.
+    pub event_idx: bool,
     /// Next index of the available ring.
     pub next_avail: u16,
+    /// What it was when the device was last considered for a kick.
+    considered: u16,
     last_used: u16,
     free: Vec<u16>,
     live: BTreeMap<u16, Live>,
@@ -116,7 +123,9 @@ impl Ring {
             size,
             base: BASE + 0x1_0000 + index as u64 * RING_BYTES,
             scratch: BASE + 0x80_0000 + index as u64 * SCRATCH_BYTES,
+            event_idx: false,
             next_avail: 0,
+            considered: 0,
             last_used: 0,
             free: Vec::new(),
             live: BTreeMap::new(),
@@ -133,6 +142,7 @@ impl Ring {
     pub fn clear(&mut self) {
         self.memory.fill(self.base, RING_BYTES, 0);
         self.next_avail = 0;
+        self.considered = 0;
         self.last_used = 0;
         self.free = (0..self.size).rev().collect();
         self.live.clear();
@@ -195,6 +205,24 @@ impl Ring {
         self.kick.write(1).expect("kick");
     }
 
+    /// Notifies the device of what was offered since the last time, unless it said that it looks by
+    /// itself. As a real driver does: a device that forgets to look leaves the chain where it is.
+    pub fn notify(&mut self) {
+        let (old, new) = (self.considered, self.next_avail);
+        self.considered = new;
+        std::sync::atomic::fence(Ordering::SeqCst);
+        let wanted = if self.event_idx {
+            let at = self.used_at() + 4 + u64::from(self.size) * 8;
+            let event = self.memory.load_u16(at);
+            new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
+        } else {
+            self.memory.load_u16(self.used_at()) & NO_NOTIFY == 0
+        };
+        if wanted {
+            self.kick();
+        }
+    }
+
     /// Memory for the buffer of a chain.
     pub fn buffer(&mut self, len: u64) -> u64 {
         let len = len.max(1).next_multiple_of(16);
@@ -210,12 +238,12 @@ impl Ring {
         at
     }
 
-    /// Makes a chain of these readable parts, then writable ones, and kicks. `None`: no descriptor
+    /// Makes a chain of these readable parts, then writable ones, and notifies. `None`: no descriptor
     /// is free. An empty part is a descriptor of length 0.
     pub fn submit(&mut self, readable: &[&[u8]], writable: &[u32]) -> Option<u16> {
         let head = self.prepare(readable, writable)?;
         self.offer(head);
-        self.kick();
+        self.notify();
         Some(head)
     }
 

@@ -176,3 +176,34 @@ fn every_chain_comes_back_once() {
         }
     }
 }
+
+/// [dev-queue-2] The device is woken by others all the time, and the driver keeps quiet when it is
+/// told to: a chain that comes while notifications are off is not forgotten.
+#[test]
+fn no_chain_is_overlooked() {
+    for decline in [0, F_EVENT_IDX] {
+        let daemon = Daemon::start(&["a"]);
+        let guest = Setup { decline, ..Default::default() }.connect(&daemon, "a");
+        let mut bed = Bed { daemon, guest };
+        let buffer = bed.offered(1);
+        let stop = std::sync::atomic::AtomicBool::new(false);
+        let order = std::sync::atomic::Ordering::Relaxed;
+        let mut client = bed.client();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !stop.load(order) {
+                    let lease = acquire(&mut client, &buffer);
+                    client.release(lease).expect("RELEASE");
+                }
+            });
+            let served = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                for _ in 0..20_000 {
+                    bed.guest.query(buffer.handle).expect("QUERY");
+                    while bed.guest.event(Duration::ZERO).is_some() {}
+                }
+            }));
+            stop.store(true, order);
+            served.expect("every chain comes back");
+        });
+    }
+}
