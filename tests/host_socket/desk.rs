@@ -23,6 +23,7 @@ use bufshare::protocol::{self, Image, Status, metadata};
 use bufshare::registry::{Description, Exported, GrantRequest, SyncRequest};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tempfile::TempDir;
 use uuid::Uuid;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
@@ -61,6 +62,10 @@ impl Desk {
     }
 
     fn with_policy(policy: Policy) -> Desk {
+        // Each export is a descriptor or two, of this process.
+        let limit = getrlimit(Resource::Nofile);
+        let all = Rlimit { current: limit.maximum, ..limit };
+        setrlimit(Resource::Nofile, all).unwrap();
         let quota = Quota { max_exports: 20_000, ..Quota::default() };
         let vms = [VmSpec { name: "app".to_owned(), quota }];
         let dmabufs = DmaBufs::new(&Source::Off, false).unwrap();
