@@ -58,6 +58,12 @@ impl SyncState {
         self.held.iter().find(|(who, _)| *who == holder).map_or(Access::NONE, |(_, bits)| *bits)
     }
 
+    /// How many hold something.
+    #[cfg(test)]
+    pub fn holders(&self) -> usize {
+        self.held.len()
+    }
+
     /// Whether nobody holds or waits.
     pub fn is_idle(&self) -> bool {
         self.held.is_empty() && self.waiting.is_empty()
