@@ -242,3 +242,51 @@ fn only_root_the_daemons_user_and_the_named_one_are_served() {
     assert_eq!(as_nobody(&daemon), (Some(0), String::new()));
     assert!(Client::connect(&daemon.host_socket(), "root").is_ok());
 }
+
+/// How often the daemon's threads went to sleep: each wake-up ends with that.
+fn sleeps(daemon: &Daemon) -> u64 {
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", daemon.pid())).unwrap();
+    let count = |status: String| -> u64 {
+        let line = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
+        line.unwrap().trim().parse().unwrap()
+    };
+    let status = |task: std::fs::DirEntry| std::fs::read_to_string(task.path().join("status"));
+    tasks.map(|task| count(status(task.unwrap()).unwrap())).sum()
+}
+
+#[test]
+fn an_idle_daemon_does_not_wake_up() {
+    let daemon = Daemon::start(&["a"]);
+    let mut guest = Guest::connect(&daemon, "a");
+    let (_, uuid, ..) = draw(&mut guest);
+    let mut client = Client::connect(&daemon.host_socket(), "test").unwrap();
+    client.watch(None).unwrap();
+    let _lease = client.acquire(uuid, READ, false).unwrap();
+    assert!(client.next_event(Some(SOON)).unwrap().is_some());
+    // A buffer, a watch and a lease: none of them costs anything while nothing happens.
+    let quiet = wait_for(SOON, || {
+        let before = sleeps(&daemon);
+        std::thread::sleep(Duration::from_millis(300));
+        sleeps(&daemon) == before
+    });
+    assert!(quiet);
+    let before = sleeps(&daemon);
+    std::thread::sleep(Duration::from_secs(1));
+    assert_eq!(sleeps(&daemon), before);
+}
+
+#[test]
+fn the_c_header_stands_alone() {
+    for (language, standard) in [("c", "-std=c11"), ("c++", "-std=c++17")] {
+        let mut compiler = Command::new("cc");
+        compiler.args(["-x", language, standard, "-Wall", "-Wextra", "-Wpadded", "-Werror"]);
+        compiler.args(["-fsyntax-only", "include/bufshare-host.h"]);
+        match compiler.current_dir(env!("CARGO_MANIFEST_DIR")).output() {
+            Ok(output) if String::from_utf8_lossy(&output.stderr).contains("cc1plus") => {
+                println!("skipped: no C++ compiler");
+            }
+            Ok(output) => assert!(output.status.success(), "{output:?}"),
+            Err(error) => println!("skipped: no C compiler: {error}"),
+        }
+    }
+}
