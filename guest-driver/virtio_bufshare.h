@@ -11,7 +11,8 @@
  * chardev   /dev/bufshareN
  *
  * Locks, outermost first: bufshare.users, bufshare.export_lock, the loan lock (a spinlock, in
- * loan.c), bufshare_queue.lock (taken in interrupts). dma_resv locks are taken under users only.
+ * loan.c), bufshare_queue.lock (taken in interrupts). dma_resv locks are taken under the first two,
+ * and nothing of this module but the loan lock is taken under them.
  */
 #ifndef _VIRTIO_BUFSHARE_H
 #define _VIRTIO_BUFSHARE_H
@@ -74,6 +75,7 @@ enum bufshare_msg_state {
  * @req_len: bytes
  * @resp_len: bytes that a complete response has
  * @used: bytes that the device says it wrote
+ * @status: from the response, read once
  */
 struct bufshare_msg {
 	struct kref ref;
@@ -85,6 +87,7 @@ struct bufshare_msg {
 	u32 req_len;
 	u32 resp_len;
 	u32 used;
+	u16 status;
 };
 
 /* ---- one device ---- */

@@ -143,6 +143,7 @@ static bool bufshare_event_take(struct bufshare *bs, struct virtio_bufshare_even
 static void bufshare_event_work(struct work_struct *work)
 {
 	struct bufshare *bs = container_of(work, struct bufshare, event_work);
+	unsigned int budget = 2 * BUFSHARE_MAX_EVENT_BUFS;
 	struct virtio_bufshare_event wire;
 	bool resync = false;
 	u32 len;
@@ -150,9 +151,10 @@ static void bufshare_event_work(struct work_struct *work)
 	if (!READ_ONCE(bs->session))
 		return;
 	mutex_lock(&bs->export_lock);
-	while (bufshare_event_take(bs, &wire, &len)) {
+	while (budget && bufshare_event_take(bs, &wire, &len)) {
 		struct bufshare_event event;
 
+		budget--;
 		if (len < sizeof(wire))
 			continue;
 		event = (struct bufshare_event) {
@@ -174,11 +176,13 @@ static void bufshare_event_work(struct work_struct *work)
 				bufshare_loans_settle(bs);
 		}
 		bufshare_loans_event(bs, &event);
-		cond_resched();
 	}
 	mutex_unlock(&bs->export_lock);
 	if (resync)
 		bufshare_loans_query(bs);
+	/* Others wait for the lock, and for the end of this work: a device that babbles or not. */
+	if (!budget)
+		queue_work(bufshare_wq, work);
 }
 
 static void bufshare_control_done(struct virtqueue *vq)
@@ -339,10 +343,13 @@ static int bufshare_reboot(struct notifier_block *nb, unsigned long action, void
 {
 	struct bufshare *bs = container_of(nb, struct bufshare, reboot);
 
-	if (!bufshare_enter(bs, READ_ONCE(bs->session))) {
+	/* What user space still does until the end must not lend out anything again. */
+	WRITE_ONCE(bs->closing, true);
+	bufshare_queue_abort(&bs->sync);
+	down_write(&bs->users);
+	if (bs->session)
 		bufshare_loans_force(bs);
-		bufshare_leave(bs);
-	}
+	up_write(&bs->users);
 	return NOTIFY_DONE;
 }
 

@@ -75,6 +75,19 @@ void bufshare_msg_put(struct bufshare_msg *msg)
 		kref_put(&msg->ref, bufshare_msg_free);
 }
 
+/* Whether the device wrote at least a header, and no more than there was room for. */
+static bool bufshare_sound(const struct bufshare_msg *msg)
+{
+	return msg->used >= sizeof(struct virtio_bufshare_resp) && msg->used <= msg->resp_len;
+}
+
+static u16 bufshare_status(const struct bufshare_msg *msg)
+{
+	const struct virtio_bufshare_resp *resp = msg->resp;
+
+	return bufshare_sound(msg) ? le16_to_cpu(READ_ONCE(resp->status)) : VIRTIO_BUFSHARE_S_IO;
+}
+
 /**
  * bufshare_queue_done() - take what the device has answered
  * @queue: a queue of messages
@@ -96,6 +109,7 @@ void bufshare_queue_done(struct bufshare_queue *queue)
 			if (msg->state != BUFSHARE_MSG_PENDING)
 				continue;
 			msg->used = used;
+			msg->status = bufshare_status(msg);
 			msg->state = BUFSHARE_MSG_ANSWERED;
 			complete(&msg->done);
 		}
@@ -309,17 +323,11 @@ static int bufshare_errno(u16 status)
  */
 int bufshare_answer(struct bufshare *bs, const struct bufshare_msg *msg)
 {
-	const struct virtio_bufshare_resp *resp = msg->resp;
-	int ret;
-
 	if (msg->state != BUFSHARE_MSG_ANSWERED)
 		return READ_ONCE(bs->dead) ? -EIO : -ENODEV;
-	if (msg->used < sizeof(*resp) || msg->used > msg->resp_len)
+	if (msg->status == VIRTIO_BUFSHARE_S_OK && msg->used < msg->resp_len)
 		return -EIO;
-	ret = bufshare_errno(le16_to_cpu(resp->status));
-	if (!ret && msg->used < msg->resp_len)
-		return -EIO;
-	return ret;
+	return bufshare_errno(msg->status);
 }
 
 /**
@@ -330,12 +338,10 @@ int bufshare_answer(struct bufshare *bs, const struct bufshare_msg *msg)
  */
 bool bufshare_refused(const struct bufshare_msg *msg)
 {
-	const struct virtio_bufshare_resp *resp = msg->resp;
-
 	if (msg->state == BUFSHARE_MSG_NEW)
 		return true;
-	return msg->state == BUFSHARE_MSG_ANSWERED && msg->used >= sizeof(*resp) &&
-	       resp->status != cpu_to_le16(VIRTIO_BUFSHARE_S_OK);
+	return msg->state == BUFSHARE_MSG_ANSWERED && bufshare_sound(msg) &&
+	       msg->status != VIRTIO_BUFSHARE_S_OK;
 }
 
 /**

@@ -12,6 +12,9 @@
 
 #include "virtio_bufshare.h"
 
+/* More than any virtqueue can carry; keeps the length of a request in an int. */
+#define BUFSHARE_MAX_SEGMENTS 1000000U
+
 static struct bufshare_msg *bufshare_req(u16 type, u16 flags, u32 req_len, u32 resp_len)
 {
 	struct bufshare_msg *msg = bufshare_msg_new(req_len, resp_len);
@@ -46,15 +49,16 @@ int bufshare_req_export(struct bufshare *bs, struct bufshare_loan *loan,
 	struct bufshare_msg *msg = NULL;
 	u16 flags = 0;
 	int count = 1;
+	u32 max;
 	int ret;
 
+	max = min(bs->config.max_segments, BUFSHARE_MAX_SEGMENTS);
 	if (arg->metadata_len > bs->config.max_metadata) {
 		ret = -ENOSPC;
 		goto refused;
 	}
 	if (!pool_uuid)
-		count = bufshare_memory_segments(loan->memory, bs->config.granule, NULL,
-						 bs->config.max_segments);
+		count = bufshare_memory_segments(loan->memory, bs->config.granule, NULL, max);
 	if (count < 0) {
 		ret = count;
 		goto refused;
