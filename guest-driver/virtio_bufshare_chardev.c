@@ -481,36 +481,26 @@ static const struct file_operations bufshare_fops = {
 
 static void bufshare_dev_release(struct device *dev)
 {
-	struct bufshare *bs = container_of(dev, struct bufshare, dev);
-
-	ida_free(&bufshare_minors, MINOR(dev->devt));
-	kfree(bs);
+	kfree(container_of(dev, struct bufshare, dev));
 }
 
 /**
  * bufshare_chardev_new() - allocate a device, to be freed by put_device()
  * @parent: the virtio device
  *
- * Return: a device of which only @dev, @users and the lists are initialized, or an error.
+ * Return: a device of which only @dev, @users and @files are initialized, or an error.
  */
 struct bufshare *bufshare_chardev_new(struct device *parent)
 {
 	struct bufshare *bs = kzalloc_obj(*bs);
-	int minor;
 
 	if (!bs)
 		return ERR_PTR(-ENOMEM);
-	minor = ida_alloc_max(&bufshare_minors, BUFSHARE_MINORS - 1, GFP_KERNEL);
-	if (minor < 0) {
-		kfree(bs);
-		return ERR_PTR(minor);
-	}
 	INIT_LIST_HEAD(&bs->files);
 	init_rwsem(&bs->users);
 	device_initialize(&bs->dev);
 	bs->dev.class = &bufshare_class;
 	bs->dev.parent = parent;
-	bs->dev.devt = MKDEV(MAJOR(bufshare_devt), minor);
 	bs->dev.release = bufshare_dev_release;
 	return bs;
 }
@@ -523,13 +513,20 @@ struct bufshare *bufshare_chardev_new(struct device *parent)
  */
 int bufshare_chardev_add(struct bufshare *bs)
 {
-	int ret = dev_set_name(&bs->dev, "bufshare%d", MINOR(bs->dev.devt));
+	int minor = ida_alloc_max(&bufshare_minors, BUFSHARE_MINORS - 1, GFP_KERNEL);
+	int ret;
 
-	if (ret)
-		return ret;
+	if (minor < 0)
+		return minor;
+	bs->dev.devt = MKDEV(MAJOR(bufshare_devt), minor);
 	cdev_init(&bs->cdev, &bufshare_fops);
 	bs->cdev.owner = THIS_MODULE;
-	return cdev_device_add(&bs->cdev, &bs->dev);
+	ret = dev_set_name(&bs->dev, "bufshare%d", minor);
+	if (!ret)
+		ret = cdev_device_add(&bs->cdev, &bs->dev);
+	if (ret)
+		ida_free(&bufshare_minors, minor);
+	return ret;
 }
 
 /**
@@ -539,6 +536,8 @@ int bufshare_chardev_add(struct bufshare *bs)
 void bufshare_chardev_del(struct bufshare *bs)
 {
 	cdev_device_del(&bs->cdev, &bs->dev);
+	/* The next device may have the number while the quarantine still knows this one. */
+	ida_free(&bufshare_minors, MINOR(bs->dev.devt));
 }
 
 /**
