@@ -3,6 +3,7 @@
 //! It does not know sockets, processes or descriptors; a client is a number.
 
 use std::collections::BTreeSet;
+use std::ops::Bound;
 use std::time::Duration;
 
 use uuid::Uuid;
@@ -63,16 +64,8 @@ impl<H: Clone> Registry<H> {
     /// At most `max` of the buffers that the host may acquire or holds a lease of: those whose UUIDs
     /// follow `after`, in that order.
     pub fn host_page(&self, after: Uuid, max: usize) -> Vec<BufferInfo> {
-        let all = self.by_uuid.iter();
-        let all = all.filter(|(uuid, key)| **uuid > after && self.host_sees(**key));
-        let mut uuids: Vec<Uuid> = all.map(|(uuid, _)| *uuid).collect();
-        if let Some(last) = max.checked_sub(1).filter(|last| *last < uuids.len()) {
-            // What follows is not worth sorting.
-            uuids.select_nth_unstable(last);
-        }
-        uuids.truncate(max);
-        uuids.sort_unstable();
-        uuids.into_iter().filter_map(|uuid| self.host_info(uuid)).collect()
+        let later = self.by_uuid.range((Bound::Excluded(after), Bound::Unbounded));
+        later.filter_map(|(uuid, _)| self.host_info(*uuid)).take(max).collect()
     }
 
     /// Every buffer that the host may acquire or holds a lease of.

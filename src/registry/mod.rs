@@ -143,7 +143,7 @@ pub struct Registry<H> {
     policy: Policy,
     vms: BTreeMap<PeerId, Vm>,
     buffers: HashMap<BufferKey, Buffer<H>>,
-    by_uuid: HashMap<Uuid, BufferKey>,
+    by_uuid: BTreeMap<Uuid, BufferKey>,
     clients: HashMap<ClientId, BTreeMap<LeaseId, BufferKey>>,
     /// What is due next of each buffer: a wait, a grant or a look at foreign references.
     deadlines: BTreeSet<(Duration, BufferKey)>,
@@ -185,7 +185,7 @@ impl<H: Clone> Registry<H> {
             policy,
             vms,
             buffers: HashMap::new(),
-            by_uuid: HashMap::new(),
+            by_uuid: BTreeMap::new(),
             clients: HashMap::new(),
             deadlines: BTreeSet::new(),
             last_key: 0,

@@ -166,7 +166,7 @@ fn op() -> impl Strategy<Value = Op> {
             .prop_map(|(vm, pages, access, copy, pool, at)| {
                 Op::Export { vm, pages, access, copy, pool, at: at * PAGE }
             }),
-        12 => (some.clone(), prop::bool::weighted(0.9))
+        12 => (some.clone(), prop::bool::weighted(0.8))
             .prop_map(|(ticket, ok)| Op::Made { ticket, ok }),
         12 => (some.clone(), to, access(), rarely(), rarely(), 0..40u64).prop_map(
             |(export, to, access, once, force, ms)| {
@@ -360,7 +360,7 @@ impl World {
             world.step(Op::Made { ticket: 0, ok: true });
             let (to, once, force) = (PeerId::HOST, false, false);
             world.step(Op::Grant { export: 0, to, access, once, force, ms: 0 });
-            for client in CLIENTS {
+            for client in CLIENTS.into_iter().cycle().take(4) {
                 world.step(Op::Acquire { client, export: 0, access, zero_copy: false });
             }
         }
@@ -1203,6 +1203,9 @@ impl World {
                 self.step(Op::TakeEvent { vm });
                 self.step(Op::Told { vm });
             }
+        }
+        for vm in VMS {
+            self.step(Op::TakeEvent { vm });
         }
         for (index, export) in self.exports.iter().enumerate() {
             assert!(!export.owed && export.queue.is_empty());

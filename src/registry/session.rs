@@ -53,8 +53,11 @@ pub struct PeerView {
 
 impl<H: Clone> Registry<H> {
     /// Starts a session of a VM: a new connection, which is a new epoch, or a guest that reset its
-    /// device. An earlier session must have been closed. `None` for a VM that is not configured.
+    /// device. An earlier session ends. `None` for a VM that is not configured.
     pub fn open_session(&mut self, peer: PeerId, connected: bool) -> Option<SessionId> {
+        if let Some(earlier) = self.vms.get(&peer)?.session {
+            self.close_session(earlier);
+        }
         let vm = self.vms.get_mut(&peer)?;
         self.last_session += 1;
         let session = SessionId { peer, number: self.last_session };

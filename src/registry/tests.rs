@@ -444,6 +444,22 @@ mod grants {
     }
 
     #[test]
+    fn pages_of_a_list_hold_each_offer_once_in_order() {
+        let mut w = World::new();
+        let exports = [w.export(), w.export(), w.export(), w.export()];
+        for export in [exports[3], exports[0], exports[2]] {
+            w.grant(export);
+        }
+        let page = |after, max| -> Vec<_> {
+            w.registry.host_page(after, max).into_iter().map(|info| info.uuid).collect()
+        };
+        assert_eq!(page(Uuid::nil(), 2), [exports[0].uuid, exports[2].uuid]);
+        assert_eq!(page(exports[2].uuid, 2), [exports[3].uuid]);
+        assert_eq!(page(exports[1].uuid, usize::MAX), [exports[2].uuid, exports[3].uuid]);
+        assert!(page(Uuid::max(), 2).is_empty() && page(Uuid::nil(), 0).is_empty());
+    }
+
+    #[test]
     fn policy_is_the_other_half_of_the_right() {
         let rule = |to, read_only| Rule { from: Side::One(APP), to: Side::One(to), read_only };
         let mut w = World::with(vec![rule(PeerId::HOST, true)]);
@@ -1152,6 +1168,19 @@ mod sessions {
         w.registry.close_session(w.app);
         assert_eq!(w.done(), [(APP_WAIT, Status::Canceled), (BERTS_WAIT, Status::Revoked)]);
         assert_eq!(w.registry.next_deadline(), None);
+    }
+
+    #[test]
+    fn a_session_ends_when_the_next_one_begins() {
+        let mut w = World::new();
+        let export = w.export();
+        let before = w.app;
+        w.app = w.registry.open_session(APP, true).unwrap();
+        assert_eq!(w.state(export), Err(Status::NoEnt));
+        assert_eq!(w.registry.buffer_count(), 0);
+        w.export();
+        w.registry.close_session(before);
+        assert_eq!(w.registry.buffer_count(), 1);
     }
 
     #[test]
