@@ -20,7 +20,7 @@ use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
-use log::{debug, error, warn};
+use log::{error, warn};
 use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
 use vhost_user_backend::{VhostUserBackend, VringT};
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
@@ -163,29 +163,21 @@ impl Device {
     /// more after they are on again. A ring that says twice that it has more, and gives nothing, is
     /// broken: once may be a chain that came while notifications were off.
     fn drain(&self, worker: &mut Worker, vrings: &[Vring], queue: u16) {
-        let Some(vring) = vrings.get(usize::from(queue)) else { return };
         let mut promised = false;
         loop {
-            if let Err(error) = vring.disable_notification() {
-                return debug!("{}: queue {queue}: {error}", self.options.name);
-            }
+            worker.rings.mute(vrings, queue);
             while let Some(chain) = worker.rings.take(vrings, queue) {
                 self.answer(worker, vrings, queue, chain);
                 promised = false;
             }
-            match vring.enable_notification() {
-                Ok(true) if !promised => promised = true,
-                Ok(true) => {
-                    let name = &self.options.name;
-                    return throttled!(
-                        self.throttle,
-                        Warn,
-                        "{name}: the guest broke queue {queue}"
-                    );
-                }
-                Ok(false) => return,
-                Err(error) => return debug!("{}: queue {queue}: {error}", self.options.name),
+            if !worker.rings.listen(vrings, queue) {
+                return;
             }
+            if promised {
+                let name = &self.options.name;
+                return throttled!(self.throttle, Warn, "{name}: the guest broke queue {queue}");
+            }
+            promised = true;
         }
     }
 
@@ -244,7 +236,7 @@ impl Device {
         let peers = self.features.load(Ordering::Relaxed) >> feature::PEERS & 1 != 0;
         let session = worker.session;
         while let Some(event) = self.hub.with(|r, _| r.next_event(session, peers)) {
-            let Some(chain) = worker.rings.take(vrings, vq::EVENT) else { return };
+            let Some(chain) = Self::event_buffer(worker, vrings) else { return };
             let fits = chain.sound && chain.slot.room >= u64::from(limits::EVENT_SIZE);
             let bytes = if fits { reply::event(&event).as_bytes().to_vec() } else { Vec::new() };
             if fits {
@@ -255,6 +247,14 @@ impl Device {
             }
             worker.rings.give(vrings, vq::EVENT, chain.slot, bytes);
         }
+    }
+
+    /// The next event buffer. Where there is none, the driver is asked to notify of the next one.
+    fn event_buffer(worker: &mut Worker, vrings: &[Vring]) -> Option<Chain> {
+        let rings = &mut worker.rings;
+        rings.take(vrings, vq::EVENT).or_else(|| {
+            rings.listen(vrings, vq::EVENT).then(|| rings.take(vrings, vq::EVENT)).flatten()
+        })
     }
 
     fn config(&self) -> wire::Config {

@@ -4,9 +4,10 @@
 //! while a ring is stopped nothing of the guest's memory is touched, and what is to be returned waits.
 
 use std::collections::VecDeque;
+use std::sync::RwLockWriteGuard;
 
 use log::debug;
-use vhost_user_backend::{VringRwLock, VringT};
+use vhost_user_backend::{VringRwLock, VringState, VringT};
 use virtio_queue::{DescriptorChain, QueueT};
 use vm_memory::{
     Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryMmap,
@@ -83,17 +84,36 @@ impl Rings {
 
     /// Takes the next chain of a ring; `None` where there is none, or the ring is stopped or broken.
     pub fn take(&mut self, vrings: &[Vring], queue: u16) -> Option<Chain> {
-        let index = usize::from(queue);
-        let mut vring = vrings.get(index)?.get_mut();
-        if !vring.is_enabled() || !vring.get_queue().ready() {
-            return None;
-        }
+        let mut vring = Self::started(vrings, queue)?;
         let chain = vring.get_queue_mut().pop_descriptor_chain(self.memory.memory())?;
-        if let Some(at) = self.left_at.get_mut(index) {
+        if let Some(at) = self.left_at.get_mut(usize::from(queue)) {
             *at = vring.get_queue().next_avail();
         }
         self.served = true;
         Some(read(chain))
+    }
+
+    /// Tells the driver that it need not notify of chains: the worker looks by itself.
+    pub fn mute(&mut self, vrings: &[Vring], queue: u16) {
+        let Some(mut vring) = Self::started(vrings, queue) else { return };
+        if let Err(error) = vring.disable_notification() {
+            debug!("queue {queue} cannot be muted: {error}");
+        }
+    }
+
+    /// Asks the driver to notify of the next chain. True where one came before that.
+    pub fn listen(&mut self, vrings: &[Vring], queue: u16) -> bool {
+        let Some(mut vring) = Self::started(vrings, queue) else { return false };
+        vring.enable_notification().unwrap_or_else(|error| {
+            debug!("queue {queue} cannot be listened to: {error}");
+            false
+        })
+    }
+
+    /// A ring that may be touched, locked so that it stays so.
+    fn started(vrings: &[Vring], queue: u16) -> Option<RwLockWriteGuard<'_, VringState<Memory>>> {
+        let vring = vrings.get(usize::from(queue))?.get_mut();
+        (vring.is_enabled() && vring.get_queue().ready()).then_some(vring)
     }
 
     /// Gives a chain back with its answer, or holds both until the ring runs again.
@@ -107,14 +127,9 @@ impl Rings {
 
     /// Gives back what is held for a ring that runs again.
     pub fn flush(&mut self, vrings: &[Vring], queue: u16) {
-        let index = usize::from(queue);
-        let (Some(vring), Some(held)) = (vrings.get(index), self.held.get_mut(index)) else {
-            return;
-        };
-        let mut vring = vring.get_mut();
-        if held.is_empty() || !vring.is_enabled() || !vring.get_queue().ready() {
-            return;
-        }
+        let held = self.held.get_mut(usize::from(queue)).filter(|held| !held.is_empty());
+        let Some(held) = held else { return };
+        let Some(mut vring) = Self::started(vrings, queue) else { return };
         let memory = self.memory.memory();
         for (slot, answer) in held.drain(..) {
             let written = write(&memory, &slot.writable, &answer);
