@@ -1,6 +1,5 @@
 //! The daemon gives up what it does not need, and serves all the same.
 
-#[allow(dead_code, reason = "each test uses a part of it")]
 mod common;
 
 use common::*;
