@@ -172,18 +172,14 @@ impl Format {
 }
 
 fn known_formats() -> String {
-    FORMATS
-        .iter()
-        .map(|f| String::from_utf8_lossy(&f.code).into_owned())
-        .collect::<Vec<_>>()
-        .join(", ")
+    FORMATS.iter().map(|f| fourcc_text(u32::from_le_bytes(f.code))).collect::<Vec<_>>().join(", ")
 }
 
 /// A `DRM_FORMAT_*` number as people write it.
 pub fn fourcc_text(fourcc: u32) -> String {
     let code = fourcc.to_le_bytes();
     if code.iter().all(|byte| byte.is_ascii_graphic() || *byte == b' ') {
-        String::from_utf8_lossy(&code).into_owned()
+        String::from_utf8_lossy(&code).trim_end().to_owned()
     } else {
         format!("{fourcc:#010x}")
     }

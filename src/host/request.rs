@@ -161,6 +161,9 @@ impl Session {
             Type::Release => {
                 let request: wire::Release = parse(bytes)?;
                 hub.host_release(self.client, LeaseId(request.lease.get()))?;
+                if let Some((_, watch)) = &mut self.watch {
+                    watch.lease_ended();
+                }
                 Ok(ok(req).as_bytes().to_vec().into())
             }
             Type::Sync => self.sync(&parse(bytes)?, hub),

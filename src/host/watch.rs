@@ -52,6 +52,8 @@ pub struct Watch {
     dirty: BTreeSet<Uuid>,
     /// Of which a lease of this client died.
     revoked: BTreeSet<Uuid>,
+    /// No longer offered, which this client need not be told as long as it has a lease.
+    kept: BTreeSet<Uuid>,
     /// How far the snapshot at the start is.
     snapshot: Option<Uuid>,
 }
@@ -61,8 +63,8 @@ impl Watch {
     pub fn new(me: ClientId, only: Option<Uuid>) -> Watch {
         let dirty = only.into_iter().collect();
         let snapshot = if only.is_some() { None } else { Some(Uuid::nil()) };
-        let (told, revoked) = (HashMap::new(), BTreeSet::new());
-        Watch { me, only, told, dirty, revoked, snapshot }
+        let (told, revoked, kept) = (HashMap::new(), BTreeSet::new(), BTreeSet::new());
+        Watch { me, only, told, dirty, revoked, kept, snapshot }
     }
 
     /// Takes in that something happened.
@@ -102,6 +104,11 @@ impl Watch {
         }
     }
 
+    /// Takes in that the client ended one of its leases.
+    pub fn lease_ended(&mut self) {
+        self.dirty.append(&mut self.kept);
+    }
+
     /// Whether [`next`](Self::next) may have something.
     pub fn pending(&self) -> bool {
         !self.dirty.is_empty() || self.snapshot.is_some()
@@ -139,6 +146,9 @@ impl Watch {
         if !offered && !mine {
             return self.told.remove(&uuid).and_then(|_| gone(Type::EvtWithdrawn));
         }
+        if !offered {
+            self.kept.insert(uuid);
+        }
         let now = Told {
             generation: info.generation,
             access: info.access,
@@ -170,3 +180,7 @@ impl Watch {
         kind.map(|kind| News { kind, uuid, info: Some(info) })
     }
 }
+
+#[cfg(test)]
+#[path = "watch_tests.rs"]
+mod tests;

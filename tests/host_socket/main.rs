@@ -295,6 +295,62 @@ fn garbage_is_answered_or_ends_the_connection_and_harms_nobody() {
     assert_eq!(desk.client().list().unwrap().len(), 1);
 }
 
+/// A stream of numbers that is the same in every run.
+fn noise() -> impl FnMut() -> u64 {
+    let mut state = 0x9e37_79b9_7f4a_7c15u64;
+    move || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state
+    }
+}
+
+#[test]
+fn random_requests_get_their_answers() {
+    let desk = Desk::start();
+    let (handle, uuid) = desk.offer("frame");
+    desk.begin_write(handle);
+    let mut noise = noise();
+    let mut raw = Raw::greeted(&desk.path());
+    // Requests that wait are answered later: they are counted, not followed.
+    let (mut asked, mut answered) = (0u64, 0u64);
+    for _ in 0..20_000 {
+        let mut bytes: Vec<u8> = (0..12).flat_map(|_| noise().to_le_bytes()).collect();
+        let kinds = Type::ALL.len() as u64;
+        let kind = Type::ALL[(noise() % kinds) as usize].to_wire();
+        bytes[..2].copy_from_slice(&kind.to_le_bytes());
+        bytes[2..4].copy_from_slice(&((noise() % 16) as u16).to_le_bytes());
+        bytes[4..8].fill(0);
+        if noise().is_multiple_of(2) {
+            // Something that exists: the buffer, or one of the first leases.
+            bytes[16..32].copy_from_slice(uuid.as_bytes());
+            bytes[32..40].copy_from_slice(&(noise() % 4).to_le_bytes());
+        } else {
+            bytes[16..24].copy_from_slice(&(noise() % 64).to_le_bytes());
+            bytes[24..48].fill((noise() % 2) as u8);
+        }
+        bytes.truncate(16 + (noise() % 80) as usize);
+        raw.send(&bytes);
+        asked += 1;
+        while let Ok(Some(packet)) = packet::receive(&raw.0, Wait::Never) {
+            answered += u64::from(packet.bytes[1] < 0x10);
+        }
+        if noise().is_multiple_of(4096) {
+            assert!(answered <= asked);
+            raw = Raw::greeted(&desk.path());
+            (asked, answered) = (0, 0);
+        }
+    }
+    drop(raw);
+    let since = Instant::now();
+    while desk.hub.read(|registry| registry.lease_count()) > 0 {
+        assert!(since.elapsed() < WAIT);
+    }
+    desk.end_write(handle);
+    assert_eq!(desk.client().list().unwrap().len(), 1);
+}
+
 #[test]
 fn statistics_count() {
     let desk = Desk::start();
