@@ -107,7 +107,8 @@ impl Device {
                 session,
                 rings: Rings::new(memory),
                 parked: HashMap::new(),
-                next_token: 0,
+                // Differs from that of every earlier connection: an end of a wait may come late.
+                next_token: session.number << 32,
             }),
             vrings: Mutex::default(),
             exit: Mutex::default(),

@@ -267,11 +267,6 @@ impl Hub {
         Some(next.saturating_sub(self.now()))
     }
 
-    /// Every buffer that the host may acquire or holds a lease of.
-    pub fn host_list(&self) -> Vec<BufferInfo> {
-        self.read(Registry::host_list)
-    }
-
     /// One of them.
     pub fn host_info(&self, uuid: Uuid) -> Option<BufferInfo> {
         self.read(|registry| registry.host_info(uuid))

@@ -68,11 +68,6 @@ impl<H: Clone> Registry<H> {
         later.filter_map(|(uuid, _)| self.host_info(*uuid)).take(max).collect()
     }
 
-    /// Every buffer that the host may acquire or holds a lease of.
-    pub fn host_list(&self) -> Vec<BufferInfo> {
-        self.host_page(Uuid::nil(), usize::MAX)
-    }
-
     /// The buffer, if the host may acquire it or holds a lease of it.
     pub fn host_info(&self, uuid: Uuid) -> Option<BufferInfo> {
         let key = *self.by_uuid.get(&uuid)?;

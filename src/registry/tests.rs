@@ -435,11 +435,11 @@ mod grants {
         let mut w = World::new();
         let export = w.export();
         assert_eq!(w.try_acquire(ANNE, export, READ), Err(Status::NoEnt));
-        assert_eq!(w.registry.host_list(), []);
+        assert_eq!(w.registry.host_page(Uuid::nil(), usize::MAX), []);
         assert_eq!(w.registry.host_info(export.uuid), None);
         w.grant(export);
         assert_eq!(w.notices(), [Notice::Offered(export.uuid)]);
-        assert_eq!(w.registry.host_list().len(), 1);
+        assert_eq!(w.registry.host_page(Uuid::nil(), usize::MAX).len(), 1);
         w.acquire(ANNE, export);
     }
 
