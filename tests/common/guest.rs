@@ -31,7 +31,7 @@ pub const F_PROTOCOL: u64 = 1 << 30;
 pub const F_VERSION_1: u64 = 1 << 32;
 
 /// How long a test waits for what has to come.
-pub const SOON: Duration = Duration::from_secs(10);
+pub const SOON: Duration = Duration::from_secs(30);
 /// How long a test waits to see that nothing comes.
 pub const QUIET: Duration = Duration::from_millis(150);
 
