@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
-use log::{debug, error, info, warn};
+use log::{debug, error};
 use rustix::io::Errno;
 use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
@@ -26,6 +26,8 @@ use crate::hub::{self, Hub};
 use crate::ids::ClientId;
 use crate::limits::MAX_CLIENTS;
 use crate::protocol::{NAME_LEN, Status};
+use crate::throttle::Throttle;
+use crate::throttled;
 
 const LISTENER: u32 = 0;
 const WAKE: u32 = 1;
@@ -45,6 +47,7 @@ pub struct Server {
     /// By epoll token, with what the token waits for.
     conns: BTreeMap<u32, (Conn, Interest)>,
     people: People,
+    log: Throttle,
 }
 
 impl Server {
@@ -62,6 +65,7 @@ impl Server {
             last_client: 0,
             conns: BTreeMap::new(),
             people: People::new(),
+            log: Throttle::new(),
         })
     }
 
@@ -84,19 +88,18 @@ impl Server {
                     Some(Errno::AGAIN) => return,
                     Some(Errno::MFILE | Errno::NFILE) => return self.turn_away(),
                     _ => {
-                        warn!("a client could not be accepted: {error}");
+                        throttled!(self.log, Warn, "a client could not be accepted: {error}");
                         return;
                     }
                 },
             };
             let refused = if !listener.admits(peer.uid) {
-                warn!(
-                    "user {} (pid {}) may not use the host socket: --host-uid",
-                    peer.uid, peer.pid
-                );
+                let (uid, pid) = (peer.uid, peer.pid);
+                throttled!(self.log, Warn, "user {uid} (pid {pid}) is not served: --host-uid");
                 Some(Status::Access)
             } else if self.conns.len() >= MAX_CLIENTS {
-                warn!("pid {}: there are {MAX_CLIENTS} host clients already", peer.pid);
+                let pid = peer.pid;
+                throttled!(self.log, Warn, "pid {pid}: there are {MAX_CLIENTS} clients already");
                 Some(Status::Quota)
             } else {
                 None
@@ -125,7 +128,7 @@ impl Server {
 
     /// Without a free descriptor a waiting connection would keep the listener readable for ever.
     fn turn_away(&mut self) {
-        warn!("no descriptor left for another host client: raise LimitNOFILE (ulimit -n)");
+        throttled!(self.log, Warn, "no descriptor left for another client: raise LimitNOFILE");
         self.spare = None;
         if let Some(listener) = &self.listener {
             drop(listener.accept());
@@ -169,8 +172,10 @@ impl Server {
         let client = conn.client();
         match why {
             Gone::Closed => debug!("client {client} is gone"),
-            Gone::Broken(what) => info!("client {client} broke the protocol: {what}"),
-            Gone::Failed(error) => warn!("client {client} failed: {error}"),
+            Gone::Broken(what) => {
+                throttled!(self.log, Info, "client {client} broke the protocol: {what}");
+            }
+            Gone::Failed(error) => throttled!(self.log, Warn, "client {client} failed: {error}"),
         }
         if let Err(error) = ops.remove(Events::empty(&conn.as_fd())) {
             error!("client {client} is still watched: {error}");
