@@ -351,6 +351,8 @@ impl VhostUserBackend for Device {
             );
         }
         *self.map.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(map);
+        // While a ring was in no region, its chains could not be seen, nor asked to be announced.
+        self.hub.wake_vm(self.peer);
         Ok(())
     }
 

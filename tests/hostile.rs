@@ -7,12 +7,16 @@
 mod common;
 
 use std::collections::BTreeSet;
+use std::io::Write;
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use bufshare::protocol::{Opcode, RespPeerInfo, RespState, Status, access, flag, vq};
 use common::*;
+use vhost::VhostBackend;
 
 /// xorshift64*: enough to be different every time, and to be repeated.
 struct Random(u64);
@@ -366,6 +370,154 @@ fn broken_rings() {
         collect(ring, heads);
         assert!(daemon.log().len() < 1 << 20, "the log grows with the attack");
     });
+}
+
+/// Event buffers of every broken kind, each while an event waits for one.
+#[test]
+fn event_buffers() {
+    attack(16, |_, guest| {
+        // Taken out of the ring: the test puts its own buffers in.
+        guest.reset(Stop::WithBase);
+        let mut events = 0;
+        let ring = guest.event_ring();
+        let to = ring.buffer(256);
+        let table = ring.buffer(64);
+        let end = BASE + Region::default().len;
+        let write = Desc { addr: to, len: 64, flags: WRITE, next: 0 };
+        let nested = Desc { addr: table, len: 16, flags: INDIRECT, next: 0 };
+        guest.memory.write(table, &nested.bytes());
+        let broken = [
+            Desc { len: 0, ..write },
+            Desc { len: 63, ..write },
+            Desc { flags: 0, ..write },
+            Desc { flags: WRITE | NEXT, next: 0, ..write },
+            Desc { flags: WRITE | NEXT, next: 999, ..write },
+            Desc { addr: end, ..write },
+            Desc { addr: end - 8, ..write },
+            Desc { addr: u64::MAX, ..write },
+            nested,
+            Desc { len: 0, ..nested },
+        ];
+        // The 16 ordinary buffers of the start are used up first.
+        while events < 16 {
+            let (pool, part) = used_pool(guest);
+            guest.event_ring().wait_used(SOON).expect("BUSY");
+            guest.release(part).expect("RELEASE");
+            guest.release(pool).expect("RELEASE");
+            events += 1;
+            if events < 16 && guest.event_ring().wait_used(QUIET).is_some() {
+                events += 1;
+            }
+        }
+        let (pool, part) = used_pool(guest);
+        for desc in broken {
+            let ring = guest.event_ring();
+            ring.write_desc(0, desc);
+            ring.offer(0);
+            ring.kick();
+            let used = ring.wait_used(SOON).expect("it comes back");
+            assert_eq!(used, Used { id: 0, len: 0 }, "{desc:?}");
+        }
+        let ring = guest.event_ring();
+        ring.write_desc(0, write);
+        let mut kinds = Vec::new();
+        while kinds.last() != Some(&Opcode::EvtBusy) {
+            let ring = guest.event_ring();
+            ring.offer(0);
+            ring.kick();
+            assert_eq!(ring.wait_used(SOON), Some(Used { id: 0, len: 64 }));
+            let kind = guest.memory.read(to, 2);
+            let kind = Opcode::from_wire(u16::from_le_bytes([kind[0], kind[1]]));
+            kinds.push(kind.expect("a known event"));
+        }
+        assert_eq!(kinds[0], Opcode::EvtResync, "something was missed");
+        guest.release(part).expect("RELEASE");
+        guest.release(pool).expect("RELEASE");
+    });
+}
+
+/// A pool and a part of it: makes BUSY, and IDLE when the part is released.
+fn used_pool(guest: &mut Guest) -> (u64, u64) {
+    let (pool, _) = guest.export_pages(1);
+    let part = Export {
+        flags: flag::EXPORT_PART,
+        segments: vec![(0, PAGE)],
+        object: pool.uuid,
+        ..Default::default()
+    };
+    let part = guest.export(part).expect("a part");
+    (pool.handle.get(), part.handle.get())
+}
+
+/// Connections that end in the middle of a word, and words that nobody says.
+#[test]
+fn half_sessions() {
+    attack(16, |daemon, guest| {
+        guest.disconnect();
+        let mut random = Random(0x5eed);
+        for round in 0..60u32 {
+            let mut socket = UnixStream::connect(daemon.socket("a")).expect("connect");
+            // A vhost-user header: request, version 1 with need-reply, size of the body.
+            let request = random.below(48) as u32;
+            let size = random.pick(&[0, 8, 12, 40, 256, 5000, u32::MAX]);
+            let mut message: Vec<u8> = [request, 0x9, size].map(u32::to_le_bytes).concat();
+            let body = random.below(300) as usize;
+            message.extend(random.bytes(body));
+            let len = random.below(message.len() as u64 + 1) as usize;
+            // It may hang up in the middle of it.
+            let _ = socket.write_all(&message[..len]);
+            if round % 2 == 0 {
+                let _ = socket.shutdown(Shutdown::Write);
+            }
+        }
+        guest.reconnect();
+        guest.export_pages(1);
+    });
+}
+
+/// A VMM that takes away the memory in which the rings are, and gives it back.
+#[test]
+fn memory_that_comes_and_goes() {
+    let region = |i: u64| Region { start: BASE + (i << 30), len: 1 << 20, ..Default::default() };
+    attack(64, |_, guest| {
+        guest.memory.plug(&region(1));
+        let both = guest.memory.table();
+        let other: Vec<_> = both[1..].to_vec();
+        for _ in 0..20 {
+            let frontend = guest.frontend();
+            frontend.set_mem_table(&other).expect("SET_MEM_TABLE");
+            guest.control_ring().kick();
+            guest.sync_ring().kick();
+            frontend.set_mem_table(&both).expect("SET_MEM_TABLE");
+            guest.query(1).refused(Status::NoEnt);
+        }
+        guest.memory.unplug(&region(1));
+        guest.send_memory_table();
+    });
+}
+
+/// Memory whose file a VMM cuts off while it is on loan: no page is there to be copied, which is an
+/// error of this buffer and of nothing else.
+#[test]
+fn memory_that_is_cut_off() {
+    let vms = vec!["name=a,unsealed-ram".into(), "name=b".into()];
+    let daemon = Launch { vms, ..Default::default() }.start();
+    let loose = Region { start: BASE + (1 << 30), len: 1 << 20, ..Region::unsealed() };
+    let setup = Setup { regions: vec![Region::default(), loose], ..Default::default() };
+    let mut guest = setup.connect(&daemon, "a");
+    let segments = vec![(loose.start, 16 * PAGE)];
+    let export = guest.export(Export { segments, ..Default::default() }).expect("EXPORT");
+    let handle = export.handle.get();
+    let write = Sync { handle, flags: flag::SYNC_WRITE, ..Default::default() };
+    guest.begin(write).expect("BEGIN");
+    guest.end(write).expect("END");
+    guest.memory.truncate(&loose);
+    let refusal = guest.end(write).expect_err("nothing is there to be copied");
+    assert!([Status::Io, Status::Fault].contains(&refusal.status), "{refusal:?}");
+    assert_eq!(guest.query(handle).expect("QUERY").generation.get(), 1);
+    guest.release_force(handle).expect("RELEASE");
+    guest.export_pages(1);
+    Guest::connect(&daemon, "b").export_pages(1);
 }
 
 /// One random request: mostly well-formed, with some of it spoilt.

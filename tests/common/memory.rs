@@ -9,7 +9,8 @@ use std::sync::{Arc, RwLock};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use vhost::VhostUserMemoryRegionInfo;
 use vm_memory::{
-    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap,
+    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+    GuestRegionMmap,
 };
 
 /// Bytes of a page, and the granule that the tests assume.
@@ -74,6 +75,14 @@ impl Memory {
     pub fn unplug(&self, region: &Region) {
         let map = self.map().remove_region(GuestAddress(region.start), region.len);
         self.replace(map.expect("a whole region").0);
+    }
+
+    /// Cuts the file behind an unsealed region off at its start, as a VMM must not.
+    pub fn truncate(&self, region: &Region) {
+        let map = self.map();
+        let region = map.find_region(GuestAddress(region.start)).expect("a region");
+        let file = region.file_offset().expect("a region with a file");
+        file.file().set_len(file.start()).expect("unsealed");
     }
 
     fn map(&self) -> GuestMemoryMmap {
