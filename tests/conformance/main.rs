@@ -12,6 +12,7 @@ mod control;
 mod events;
 mod export;
 mod grant;
+mod memory;
 mod part;
 mod release;
 mod reset;
