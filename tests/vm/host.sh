@@ -3,9 +3,9 @@
 # shellcheck shell=bash
 set -uo pipefail
 
-S=/run/bufshare # sockets and FIFOs
+S=${S:-/run/bufshare} # sockets and FIFOs
 mkdir -p "$S" "$OUT"
-export XDG_RUNTIME_DIR=$S
+export XDG_RUNTIME_DIR=$S BUFSHARE_HOST_SOCKET=$S/host.sock
 export PATH=$BIN:$PATH
 declare -A PIDS=()
 
@@ -40,7 +40,7 @@ stop() {
 # daemon VM... [-- OPTION...]: the daemon for VMs of these names, and its host socket.
 daemon() {
     local vms=()
-    while [ $# -gt 0 ] && [ "$1" != -- ]; do vms+=(--vm "name=$1,socket=$S/$1.sock"); shift; done
+    while [ $# -gt 0 ] && [ "$1" != -- ]; do vms+=(--vm "name=$1,socket=$S/$1.sock${UNSEALED:-}"); shift; done
     [ $# -eq 0 ] || shift
     RUST_LOG=${RUST_LOG:-info} start daemon vhost-device-bufshare "${vms[@]}" --host-socket "$S/host.sock" "$@"
     wait_for 10 test -S "$S/host.sock" || { cat "$OUT/daemon.log"; die "the daemon does not come up"; }
