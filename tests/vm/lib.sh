@@ -9,6 +9,8 @@ ROOTFS=$CACHE/rootfs
 export LC_ALL=C.UTF-8
 
 say() { printf '%s %s\n' "[$(date +%H:%M:%S)]" "$*" >&2; }
+# cannot REASON: this machine lacks something that the test bed needs; whoever counts tests counts a skipped one.
+cannot() { printf '%s\n' "$*" >&2; exit 77; }
 die() { printf 'error: %s\n' "$*" >&2; exit 1; }
 
 # quiet LOG WHAT COMMAND...: runs a command with its output in a log and shows the log's end if it fails.
@@ -70,4 +72,36 @@ end_to_end() {
     rm -rf "$out"
     "$VM_DIR/uml" --real --out "$out" --share "$BIN" --share "$CACHE/images" "$@" \
         env "BIN=$BIN" "IMAGE_6_12=$IMAGE_6_12" "IMAGE_7_2=$IMAGE_7_2" "$VM_DIR/end-to-end" "$name"
+}
+
+# need_rust: a Rust that is new enough, by rustup where there is none.
+need_rust() {
+    local wanted have
+    wanted=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' "$REPO/Cargo.toml")
+    [ ! -e "$HOME/.cargo/env" ] || . "$HOME/.cargo/env"
+    have=$(rustc --version 2>/dev/null | cut -d' ' -f2)
+    if [ -z "$have" ]; then
+        say "no Rust: installing it with rustup"
+        install_packages ca-certificates curl gcc libc6-dev
+        curl --proto '=https' -sSf https://sh.rustup.rs | sh -s -- -y --profile minimal --component clippy,rustfmt ||
+            die "rustup failed; install Rust $wanted or later (https://rustup.rs)"
+        . "$HOME/.cargo/env"
+    elif [ "$(printf '%s\n' "$wanted" "$have" | sort -V | head -n 1)" != "$wanted" ]; then
+        die "Rust $have is too old, $wanted is needed: rustup update (https://rustup.rs)"
+    fi
+}
+
+# install_packages PACKAGE...: those of these Debian packages that are missing.
+install_packages() {
+    local missing=() p
+    for p; do
+        [ "$(dpkg-query -Wf '${db:Status-Status}' "$p" 2>/dev/null)" = installed ] || missing+=("$p")
+    done
+    [ ${#missing[@]} -gt 0 ] || return 0
+    [ "$(id -u)" = 0 ] || cannot "these Debian packages are missing: ${missing[*]}; install them, or run this as root once"
+    mkdir -p "$CACHE"
+    say "installing ${missing[*]}"
+    apt-get update >"$CACHE/apt.log" 2>&1 || say "apt-get update failed (see $CACHE/apt.log); trying with the lists that are there"
+    DEBIAN_FRONTEND=noninteractive quiet "$CACHE/apt.log" "apt-get install ${missing[*]}" \
+        apt-get install -y --no-install-recommends "${missing[@]}"
 }
