@@ -95,7 +95,7 @@ pub struct Details {
 }
 
 /// A lease and its fd. Dropping it closes the fd but does not end the lease:
-/// [`Client::release`] does, or the end of the connection.
+/// [`Client::release`](super::client::Client::release) does, or the end of the connection.
 #[derive(Debug)]
 pub struct Lease {
     /// Its number in SYNC and RELEASE.

@@ -53,9 +53,12 @@ guest_image() {
 
 TARGET=${CARGO_TARGET_DIR:-$REPO/target}
 # One static build for all of the test bed: the same file runs here, on its host and in its guests.
-STATIC=(--target x86_64-unknown-linux-gnu)
 BIN=$TARGET/x86_64-unknown-linux-gnu/release
-static_cargo() { RUSTFLAGS="${RUSTFLAGS:-} -C target-feature=+crt-static" cargo "$@" "${STATIC[@]}"; }
+static_cargo() {
+    local command=$1
+    shift
+    RUSTFLAGS="${RUSTFLAGS:-} -C target-feature=+crt-static" cargo "$command" --target x86_64-unknown-linux-gnu "$@"
+}
 
 # prepare_end_to_end: builds what end_to_end needs.
 prepare_end_to_end() {
