@@ -36,10 +36,8 @@ pub const MAX_VMS: usize = 256;
 pub const MAX_CLIENTS: usize = 64;
 /// Leases of one host client at once.
 pub const MAX_LEASES: usize = 16_384;
-/// Pending BEGINs of one host client.
+/// Pending BEGINs of one host client. Bounds its queue too: their answers, one more and one event.
 pub const MAX_CLIENT_WAITS: usize = 64;
-/// Packets waiting for one host client that does not read; its requests wait after that.
-pub const MAX_CLIENT_QUEUE: usize = 64;
 /// Log lines that one VM can cause in a second.
 pub const LOG_LINES_PER_SECOND: u32 = 5;
 
