@@ -4,6 +4,7 @@
 //! where the test failed, its log goes to the test's output first.
 
 use std::fs::{self, File};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
@@ -180,6 +181,15 @@ pub fn wait_for(limit: Duration, mut so: impl FnMut() -> bool) -> bool {
         }
         thread::sleep(Duration::from_millis(2));
     }
+}
+
+/// Says that the test that runs in this thread cannot be run here, and why. The harness has no such
+/// outcome: `./test` counts these lines, which go past its capture.
+pub fn skip(reason: &str) {
+    let thread = thread::current();
+    let name = thread.name().unwrap_or("a test");
+    // A line of its own, also where the harness has begun one. Nobody to read it is no failure.
+    let _ = writeln!(std::io::stderr(), "\nskipped {name}: {reason}");
 }
 
 /// The daemon under test; a test bed that moves binaries names it in the environment.

@@ -18,7 +18,7 @@ mod memory;
 mod requests;
 mod ring;
 
-pub use daemon::{Daemon, Launch, wait_for};
+pub use daemon::{Daemon, Launch, skip, wait_for};
 pub use guest::{
     F_EVENT_IDX, F_INDIRECT, F_PROTOCOL, F_VERSION_1, Guest, QUIET, SOON, Setup, Stop,
 };

@@ -167,7 +167,7 @@ fn zero_copy_copies_nothing() {
     let mut bed = bed();
     let buffer = bed.offered(4);
     if buffer.mode != Mode::ZeroCopy {
-        eprintln!("skipped: no udmabuf on this host");
+        skip("no udmabuf on this host");
         return;
     }
     let mut client = bed.client();
