@@ -5,7 +5,7 @@
 //! are counted, with the lock released. When a VM or client disconnects, what it leaves is settled by
 //! the registry and told to the others from here.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -43,8 +43,32 @@ pub struct VmSpec {
 pub struct HostNews {
     /// BEGINs that ended.
     pub done: Vec<(ClientId, Cookie, Status, u64)>,
-    /// What happened to buffers, in order.
+    /// What happened to buffers.
     pub notices: Vec<Notice>,
+    /// Where the one notice is that a VM caused of this buffer.
+    at: HashMap<Uuid, usize>,
+}
+
+impl HostNews {
+    /// Takes in a notice. VMs cause them faster than the host socket's thread can take them: since
+    /// they say what to look at, the last one of a buffer is enough.
+    fn add(&mut self, notice: Notice) {
+        let uuid = match notice {
+            Notice::Offered(uuid) | Notice::Withdrawn(uuid) => uuid,
+            Notice::Changed { uuid, writer: None, .. } => uuid,
+            Notice::Changed { .. } | Notice::Revoked { .. } => return self.notices.push(notice),
+        };
+        match self.at.get(&uuid).and_then(|at| self.notices.get_mut(*at)) {
+            // Who is told of an offer looks at the generation as well.
+            Some(Notice::Offered(_) | Notice::Withdrawn(_))
+                if matches!(notice, Notice::Changed { .. }) => {}
+            Some(before) => *before = notice,
+            None => {
+                self.at.insert(uuid, self.notices.len());
+                self.notices.push(notice);
+            }
+        }
+    }
 }
 
 /// What one VM's worker waits for.
@@ -207,7 +231,8 @@ impl Hub {
             }
         }
         if !outbox.notices.is_empty() {
-            lock(&self.news).notices.append(&mut outbox.notices);
+            let mut news = lock(&self.news);
+            std::mem::take(&mut outbox.notices).into_iter().for_each(|notice| news.add(notice));
             wake_host = true;
         }
         for peer in std::mem::take(&mut outbox.wake) {
@@ -345,5 +370,28 @@ impl Hub {
             list.push(("leases".to_owned(), registry.lease_count() as u64));
         });
         list
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn news_of_a_buffer_does_not_pile_up() {
+        let (uuid, client) = (Uuid::from_u128(1), ClientId(1));
+        let changed = |generation, writer| Notice::Changed { uuid, generation, writer };
+        let mut news = HostNews::default();
+        for generation in 1..1000 {
+            news.add(changed(generation, None));
+        }
+        assert_eq!(news.notices, [changed(999, None)]);
+        for generation in 1000..2000 {
+            news.add(Notice::Withdrawn(uuid));
+            news.add(Notice::Offered(uuid));
+            news.add(changed(generation, None));
+        }
+        news.add(changed(2000, Some(client)));
+        assert_eq!(news.notices, [Notice::Offered(uuid), changed(2000, Some(client))]);
     }
 }

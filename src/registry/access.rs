@@ -2,6 +2,7 @@
 //!
 //! It does not know how bytes are copied: between `end` and `finish_copy` somebody else copies them.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use super::{Buffer, Done, Holder, Notice, Origin, Phase, Registry, Waiter};
@@ -249,7 +250,7 @@ impl<H: Clone> Registry<H> {
 
     /// CANCEL of a client, by the cookie of the request that waits. NOENT where none does.
     pub fn cancel_client(&mut self, client: ClientId, cookie: Cookie) -> Result<(), Status> {
-        let keys: Vec<BufferKey> = self
+        let keys: BTreeSet<BufferKey> = self
             .clients
             .get(&client)
             .into_iter()

@@ -3,7 +3,7 @@
 //!
 //! It knows holders and their bits, not what they are, nor bytes, clocks or rings.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
 
 use crate::ids::{Access, ClientId, Cookie, LeaseId, PeerId};
@@ -48,14 +48,28 @@ pub type Ended = Vec<(Waiter, Status)>;
 /// The synchronisation state of one buffer.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct SyncState {
-    held: Vec<(Holder, Access)>,
+    held: HashMap<Holder, Access>,
+    /// How many of them read, and write: thousands of holders must not cost a walk each.
+    readers: usize,
+    writers: usize,
     waiting: VecDeque<Waiter>,
 }
 
 impl SyncState {
     /// What `holder` holds.
     pub fn held_by(&self, holder: Holder) -> Access {
-        self.held.iter().find(|(who, _)| *who == holder).map_or(Access::NONE, |(_, bits)| *bits)
+        self.held.get(&holder).copied().unwrap_or_default()
+    }
+
+    fn set(&mut self, holder: Holder, bits: Access) {
+        let before = self.held_by(holder);
+        if bits.is_none() {
+            self.held.remove(&holder);
+        } else {
+            self.held.insert(holder, bits);
+        }
+        self.readers = self.readers + usize::from(bits.read) - usize::from(before.read);
+        self.writers = self.writers + usize::from(bits.write) - usize::from(before.write);
     }
 
     /// How many hold something.
@@ -75,10 +89,10 @@ impl SyncState {
     }
 
     fn conflicts(&self, holder: Holder, want: Access) -> bool {
-        self.held
-            .iter()
-            .filter(|(who, _)| *who != holder)
-            .any(|(_, bits)| (want.read && bits.write) || (want.write && (bits.read || bits.write)))
+        let own = self.held_by(holder);
+        let readers = self.readers > usize::from(own.read);
+        let writers = self.writers > usize::from(own.write);
+        (want.read && writers) || (want.write && (readers || writers))
     }
 
     /// Whether BEGIN would be granted at once. A waiting WRITE holds back whoever holds nothing yet.
@@ -90,10 +104,7 @@ impl SyncState {
 
     /// Sets bits; the caller has asked [`may_begin`](Self::may_begin).
     pub fn begin(&mut self, holder: Holder, want: Access) {
-        match self.held.iter_mut().find(|(who, _)| *who == holder) {
-            Some((_, bits)) => *bits = bits.union(want),
-            None => self.held.push((holder, want)),
-        }
+        self.set(holder, self.held_by(holder).union(want));
     }
 
     /// Queues a BEGIN that must wait.
@@ -103,12 +114,10 @@ impl SyncState {
 
     /// Clears bits and returns the waiters that are served by it, in order.
     pub fn end(&mut self, holders: impl Fn(Holder) -> bool, bits: Access) -> Ended {
-        self.held.retain_mut(|(who, held)| {
-            if holders(*who) {
-                *held = held.minus(bits);
-            }
-            !held.is_none()
-        });
+        let gone: Vec<Holder> = self.held.keys().copied().filter(|who| holders(*who)).collect();
+        for holder in gone {
+            self.set(holder, self.held_by(holder).minus(bits));
+        }
         self.promote()
     }
 
@@ -122,7 +131,7 @@ impl SyncState {
             }
             None => true,
         });
-        let served = self.promote();
+        let served = if out.is_empty() { Vec::new() } else { self.promote() };
         (out, served)
     }
 

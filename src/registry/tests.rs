@@ -1347,6 +1347,32 @@ mod sync {
     }
 
     #[test]
+    fn a_crowd_holds_nobody_up() {
+        let mut w = World::new();
+        let (crowded, quiet) = (w.export(), w.export());
+        w.grant(crowded);
+        w.grant(quiet);
+        for _ in 0..2000 {
+            let lease = w.acquire(ANNE, crowded);
+            w.begin_lease(ANNE, lease, begin(READ)).unwrap();
+        }
+        let berts: Vec<LeaseId> = (0..2000).map(|_| w.acquire(BERT, crowded)).collect();
+        for lease in berts {
+            assert_eq!(w.begin_lease(BERT, lease, begin(WRITE)), Ok(Begun::Waits));
+        }
+        w.begin_exporter(quiet, begin(WRITE)).unwrap();
+        let anne = w.acquire(ANNE, quiet);
+        let cookie = Cookie(99);
+        let wait = SyncRequest { cookie, ..begin(READ) };
+        assert_eq!(w.begin_lease(ANNE, anne, wait), Ok(Begun::Waits));
+        // All of this happens under the one lock of all VMs.
+        let started = std::time::Instant::now();
+        w.registry.cancel_client(ANNE, cookie).unwrap();
+        w.registry.cancel_client(ANNE, cookie).unwrap_err();
+        assert!(started.elapsed() < Duration::from_secs(1), "{:?}", started.elapsed());
+    }
+
+    #[test]
     fn a_ring_bounds_waits_too() {
         let (mut w, export, anne, _) = shared();
         w.begin_lease(ANNE, anne, begin(ALL)).unwrap();
