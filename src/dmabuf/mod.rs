@@ -82,6 +82,8 @@ pub struct DmaBufs {
     device: Option<Device>,
     /// `count:` of our own descriptors is read here; opened before the sandbox.
     fdinfo: OwnedFd,
+    /// Our own descriptors.
+    fds: OwnedFd,
     require_zero_copy: bool,
 }
 
@@ -116,12 +118,20 @@ impl DmaBufs {
             }
             None => warn!("copy mode: consumers get private copies that guests fill on SYNC"),
         }
-        let fdinfo = rustix::fs::open(
-            "/proc/self/fdinfo",
-            rustix::fs::OFlags::DIRECTORY | rustix::fs::OFlags::CLOEXEC,
-            rustix::fs::Mode::empty(),
-        )?;
-        Ok(DmaBufs { device, fdinfo, require_zero_copy })
+        let directory = |path| {
+            let flags = rustix::fs::OFlags::DIRECTORY | rustix::fs::OFlags::CLOEXEC;
+            rustix::fs::open(path, flags, rustix::fs::Mode::empty())
+        };
+        let (fdinfo, fds) = (directory("/proc/self/fdinfo")?, directory("/proc/self/fd")?);
+        Ok(DmaBufs { device, fdinfo, fds, require_zero_copy })
+    }
+
+    /// The same file, opened anew: status flags that a client sets on its descriptor, such as
+    /// O_APPEND, must not change what we write.
+    fn reopen(&self, memfd: &OwnedFd) -> io::Result<OwnedFd> {
+        let flags = rustix::fs::OFlags::RDWR | rustix::fs::OFlags::CLOEXEC;
+        let name = memfd.as_raw_fd().to_string();
+        Ok(rustix::fs::openat(&self.fds, name, flags, rustix::fs::Mode::empty())?)
     }
 
     /// Whether exports can be zero-copy at all.
@@ -172,7 +182,7 @@ impl DmaBufs {
                 (fd, FdKind::DmaBuf)
             }
             None => {
-                let fd = private.try_clone().map_err(|error| refused(&error))?;
+                let fd = self.reopen(&private).map_err(|error| refused(&error))?;
                 (fd, FdKind::Memfd)
             }
         };

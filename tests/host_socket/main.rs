@@ -170,6 +170,21 @@ fn a_failed_copy_is_an_error_and_no_generation() {
 }
 
 #[test]
+fn flags_of_a_clients_descriptor_are_its_own() {
+    let desk = Desk::start();
+    let (handle, uuid) = desk.offer("frame");
+    let mut client = desk.client();
+    let lease = client.acquire(uuid, READ, false).unwrap();
+    // A descriptor that shares them would make every write of the daemon go to the end of the file.
+    rustix::fs::fcntl_setfl(&lease.fd, rustix::fs::OFlags::APPEND).unwrap();
+    desk.ram.write_all_at(b"drawn", 0).unwrap();
+    assert_eq!(desk.end_write(handle), 1);
+    let mut seen = [0; 5];
+    File::from(lease.fd).read_exact_at(&mut seen, 0).unwrap();
+    assert_eq!(&seen, b"drawn");
+}
+
+#[test]
 fn read_only_by_policy_is_never_more() {
     let desk = Desk::read_only();
     let (handle, uuid) = desk.export("frame");
