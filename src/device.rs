@@ -28,7 +28,7 @@ use virtio_bindings::bindings::virtio_ring::{
     VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
 };
 use virtio_queue::QueueT;
-use vm_memory::GuestAddressSpace;
+use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{
     EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier,
@@ -79,11 +79,15 @@ pub struct Device {
     features: AtomicU64,
     reset: AtomicBool,
     map: RwLock<Arc<MemoryMap>>,
+    /// The guest's memory as far as the worker may touch it.
+    memory: Memory,
     worker: Mutex<Worker>,
     /// For the main channel, which must know whether the guest could be between two sessions.
     vrings: Mutex<Vec<Vring>>,
-    exit: Mutex<Option<i32>>,
-    throttle: Throttle,
+    /// What ends the worker, and its descriptor, which the framework leaves open for ever.
+    exit: Mutex<Option<(EventConsumer, EventNotifier)>>,
+    exit_fd: i32,
+    throttle: Arc<Throttle>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -91,18 +95,26 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Device {
-    /// A device for a new connection of a VM; `memory` is what the framework fills.
-    ///
-    /// `None` for a VM that is not configured.
-    pub fn new(hub: Arc<Hub>, peer: PeerId, options: Options, memory: Memory) -> Option<Device> {
-        let session = hub.open_session(peer, true)?;
-        Some(Device {
+    /// A device for a new connection of a VM; `throttle` outlives it.
+    pub fn new(
+        hub: Arc<Hub>,
+        peer: PeerId,
+        options: Options,
+        throttle: Arc<Throttle>,
+    ) -> io::Result<Device> {
+        let memory = Memory::new(GuestMemoryMmap::new());
+        // Without it the framework could never end the worker.
+        let exit = new_event_consumer_and_notifier(EventFlag::NONBLOCK | EventFlag::CLOEXEC)?;
+        let session = hub.open_session(peer, true);
+        let session = session.ok_or_else(|| io::Error::other("the VM is not configured"))?;
+        Ok(Device {
             hub,
             peer,
             options,
             features: AtomicU64::new(0),
             reset: AtomicBool::new(false),
             map: RwLock::default(),
+            memory: memory.clone(),
             worker: Mutex::new(Worker {
                 session,
                 rings: Rings::new(memory),
@@ -111,17 +123,17 @@ impl Device {
                 next_token: session.number << 32,
             }),
             vrings: Mutex::default(),
-            exit: Mutex::default(),
-            throttle: Throttle::new(),
+            exit_fd: exit.0.as_raw_fd(),
+            exit: Mutex::new(Some(exit)),
+            throttle,
         })
     }
 
     /// The connection is over and its threads have ended.
     pub fn close(&self) {
         self.hub.close_session(lock(&self.worker).session);
-        // The framework leaves this descriptor open for ever.
-        if let Some(number) = lock(&self.exit).take()
-            && let Err(error) = crate::ioctl::adopt_fd(number)
+        if lock(&self.exit).take().is_none()
+            && let Err(error) = crate::ioctl::adopt_fd(self.exit_fd)
         {
             warn!("{}: the exit event was closed already: {error}", self.options.name);
         }
@@ -318,9 +330,7 @@ impl VhostUserBackend for Device {
         Protocol::MQ | Protocol::CONFIG | Protocol::REPLY_ACK | Protocol::RESET_DEVICE
     }
 
-    fn set_event_idx(&self, _enabled: bool) {
-        // The rings were told by the framework.
-    }
+    fn set_event_idx(&self, _enabled: bool) {}
 
     fn reset_device(&self) {
         self.reset.store(true, Ordering::Release);
@@ -342,13 +352,21 @@ impl VhostUserBackend for Device {
     }
 
     fn update_memory(&self, memory: Memory) -> io::Result<()> {
-        let map = MemoryMap::of_guest(&memory.memory());
+        let whole = memory.memory();
+        let map = MemoryMap::of_guest(&whole)?;
         if map.has_unsealed() && !self.options.unsealed_ram {
-            warn!(
-                "{}: its RAM is not sealed against shrinking, so EXPORT of it will be refused: use \
+            throttled!(
+                self.throttle,
+                Warn,
+                "{}: its RAM is not sealed against shrinking, so it is not used: start the VM with \
                  `-object memory-backend-memfd,share=on`, or accept copies with the key unsealed-ram",
                 self.options.name
             );
+        }
+        // The framework looks at it for the rings' used index.
+        let touchable = map.touchable(&whole, self.options.unsealed_ram);
+        for place in [&memory, &self.memory] {
+            place.lock().unwrap_or_else(PoisonError::into_inner).replace(touchable.clone());
         }
         *self.map.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(map);
         // While a ring was in no region, its chains could not be seen, nor asked to be announced.
@@ -357,17 +375,7 @@ impl VhostUserBackend for Device {
     }
 
     fn exit_event(&self, _thread: usize) -> Option<(EventConsumer, EventNotifier)> {
-        let pair = new_event_consumer_and_notifier(EventFlag::NONBLOCK | EventFlag::CLOEXEC);
-        match pair {
-            Ok((consumer, notifier)) => {
-                *lock(&self.exit) = Some(consumer.as_raw_fd());
-                Some((consumer, notifier))
-            }
-            Err(error) => {
-                error!("{}: no exit event: {error}", self.options.name);
-                None
-            }
-        }
+        lock(&self.exit).take()
     }
 
     /// Never an error: that would end the worker silently.

@@ -41,6 +41,11 @@ pub const MAX_CLIENT_WAITS: usize = 64;
 /// Log lines that one VM can cause in a second.
 pub const LOG_LINES_PER_SECOND: u32 = 5;
 
+/// Regions of a VM's memory: each costs a descriptor and a mapping. QEMU shares 8 at most.
+pub const MAX_REGIONS: usize = 64;
+/// Bytes of a VM's memory: what one VM maps must leave address space to the others.
+pub const MAX_GUEST_MEMORY: u64 = 4 << 40;
+
 /// Quotas of one VM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Quota {

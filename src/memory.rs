@@ -13,7 +13,7 @@ use std::sync::Arc;
 use rustix::fs::SealFlags;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
-use crate::limits::GRANULE;
+use crate::limits::{GRANULE, MAX_GUEST_MEMORY, MAX_REGIONS};
 use crate::protocol::{Segment, Status};
 
 /// What a region's file allows.
@@ -28,17 +28,21 @@ pub enum Share {
 }
 
 impl Share {
-    /// What `file` allows.
-    pub fn of(file: impl AsFd) -> Share {
+    /// What `file` allows up to byte `end`. What is not there could end the process by SIGBUS.
+    pub fn of(file: impl AsFd, end: u64) -> Share {
         const DMA_BUF_MAGIC: rustix::fs::FsWord = 0x444d_4142;
+        let stat = rustix::fs::fstat(&file).ok();
+        if stat.is_none_or(|stat| u64::try_from(stat.st_size).is_ok_and(|size| size < end)) {
+            return Share::Not;
+        }
         let seals = rustix::fs::fcntl_get_seals(&file).unwrap_or(SealFlags::empty());
         if seals.contains(SealFlags::SHRINK)
             && !seals.intersects(SealFlags::WRITE | SealFlags::FUTURE_WRITE)
         {
             return Share::Sealed;
         }
-        let regular = rustix::fs::fstat(&file)
-            .is_ok_and(|stat| rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file());
+        let regular =
+            stat.is_some_and(|stat| rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file());
         let dma_buf = rustix::fs::fstatfs(&file).is_ok_and(|fs| fs.f_type == DMA_BUF_MAGIC);
         if regular && !dma_buf { Share::Unsealed } else { Share::Not }
     }
@@ -131,7 +135,15 @@ impl MemoryMap {
     }
 
     /// The map of what the VMM shared. Anonymous memory is left out.
-    pub fn of_guest(memory: &GuestMemoryMmap) -> MemoryMap {
+    ///
+    /// An error where it is more than one VM may have.
+    pub fn of_guest(memory: &GuestMemoryMmap) -> io::Result<MemoryMap> {
+        let regions = memory.num_regions();
+        let bytes = memory.iter().fold(0u64, |sum, region| sum.saturating_add(region.len()));
+        if regions > MAX_REGIONS || bytes > MAX_GUEST_MEMORY {
+            let text = format!("{bytes} bytes of memory in {regions} regions, too much for one VM");
+            return Err(io::Error::other(text));
+        }
         let region = |region: &<GuestMemoryMmap as GuestMemoryBackend>::R| {
             let place = region.file_offset()?;
             Some(Region {
@@ -139,10 +151,25 @@ impl MemoryMap {
                 len: region.len(),
                 file: place.arc().clone(),
                 file_start: place.start(),
-                share: Share::of(place.file()),
+                share: Share::of(place.file(), place.start().checked_add(region.len())?),
             })
         };
-        MemoryMap::new(memory.iter().filter_map(region).collect())
+        Ok(MemoryMap::new(memory.iter().filter_map(region).collect()))
+    }
+
+    /// The part of `memory` that may be touched: what its owner could truncate would end the process
+    /// by SIGBUS.
+    pub fn touchable(&self, memory: &GuestMemoryMmap, allow_unsealed: bool) -> GuestMemoryMmap {
+        let good = |start: u64| match self.region_at(start).map(|region| region.share) {
+            Some(Share::Sealed) => true,
+            Some(Share::Unsealed) => allow_unsealed,
+            Some(Share::Not) | None => false,
+        };
+        let bad = memory.iter().filter(|region| !good(region.start_addr().raw_value()));
+        bad.fold(memory.clone(), |rest, region| {
+            let removed = rest.remove_region(region.start_addr(), region.len());
+            removed.map_or_else(|_| GuestMemoryMmap::new(), |(rest, _)| rest)
+        })
     }
 
     /// The worst that any region allows, for a warning when a VM starts.
@@ -185,6 +212,10 @@ impl MemoryMap {
                 let into = addr.saturating_sub(here.start);
                 let len = left.min(here.len.saturating_sub(into));
                 let offset = here.file_start.checked_add(into).ok_or(Refusal::NotMemory(index))?;
+                if (offset | len) & GRANULE.wrapping_sub(1) != 0 {
+                    // No whole pages of the file, which is all that can be shared.
+                    return Err(Refusal::NotMemory(index));
+                }
                 push(&mut out, &here.file, offset, len);
                 addr = addr.checked_add(len).ok_or(Refusal::Misaligned(index))?;
                 left = left.saturating_sub(len);

@@ -17,7 +17,7 @@ fn memfd(pages: u64, seals: SealFlags) -> Arc<File> {
 
 fn region(start: u64, pages: u64, file: &Arc<File>, file_start: u64) -> Region {
     let file = file.clone();
-    let share = Share::of(&file);
+    let share = Share::of(&file, 0);
     Region { start: start * PAGE, len: pages * PAGE, file, file_start: file_start * PAGE, share }
 }
 
@@ -92,8 +92,27 @@ fn unsealed_memory_needs_leave() {
 #[test]
 fn a_pipe_or_a_write_sealed_memfd_is_no_zero_copy_memory() {
     let (pipe, _) = std::io::pipe().unwrap();
-    assert_eq!(Share::of(&pipe), Share::Not);
-    assert_eq!(Share::of(&*memfd(1, SealFlags::SHRINK | SealFlags::WRITE)), Share::Unsealed);
+    assert_eq!(Share::of(&pipe, 0), Share::Not);
+    assert_eq!(Share::of(&*memfd(1, SealFlags::SHRINK | SealFlags::WRITE), 0), Share::Unsealed);
+}
+
+#[test]
+fn a_region_that_is_not_all_there_is_no_memory() {
+    let ram = memfd(4, SealFlags::SHRINK);
+    assert_eq!(Share::of(&*ram, 4 * PAGE), Share::Sealed);
+    assert_eq!(Share::of(&*ram, 4 * PAGE + 1), Share::Not);
+}
+
+#[test]
+fn pages_that_straddle_the_files_are_no_memory() {
+    let ram = memfd(4, SealFlags::SHRINK);
+    let odd = Region { start: PAGE / 2, ..region(0, 2, &ram, 0) };
+    assert_eq!(translate(&MemoryMap::new(vec![odd]), &[(1, 1)]), Err(Refusal::NotMemory(0)));
+    let short = Region { len: PAGE + PAGE / 2, ..region(0, 2, &ram, 0) };
+    let rest = Region { start: short.len, ..region(0, 2, &ram, 2) };
+    let map = MemoryMap::new(vec![short, rest]);
+    assert_eq!(translate(&map, &[(0, 1)]).unwrap(), [(0, 1)]);
+    assert_eq!(translate(&map, &[(0, 1), (1, 1)]), Err(Refusal::NotMemory(1)));
 }
 
 proptest! {

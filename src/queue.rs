@@ -16,6 +16,9 @@ use vm_memory::{
 use crate::command::MAX_REQUEST;
 use crate::protocol::vq;
 
+/// Bytes of an answer at most, with room to spare.
+const MAX_ANSWER: u64 = 256;
+
 /// Guest memory, replaced when the VMM shares another table.
 pub type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
 /// One ring.
@@ -56,7 +59,7 @@ pub struct Rings {
 }
 
 impl Rings {
-    /// Rings in this memory.
+    /// Rings in this memory, which is not always all that the framework maps.
     pub fn new(memory: Memory) -> Rings {
         Rings { memory, held: Default::default(), left_at: [0; vq::COUNT], served: false }
     }
@@ -96,7 +99,7 @@ impl Rings {
     /// Tells the driver that it need not notify of chains: the worker looks by itself.
     pub fn mute(&mut self, vrings: &[Vring], queue: u16) {
         let Some(mut vring) = Self::started(vrings, queue) else { return };
-        if let Err(error) = vring.disable_notification() {
+        if let Err(error) = vring.get_queue_mut().disable_notification(&*self.memory.memory()) {
             debug!("queue {queue} cannot be muted: {error}");
         }
     }
@@ -104,7 +107,8 @@ impl Rings {
     /// Asks the driver to notify of the next chain. True where one came before that.
     pub fn listen(&mut self, vrings: &[Vring], queue: u16) -> bool {
         let Some(mut vring) = Self::started(vrings, queue) else { return false };
-        vring.enable_notification().unwrap_or_else(|error| {
+        let more = vring.get_queue_mut().enable_notification(&*self.memory.memory());
+        more.unwrap_or_else(|error| {
             debug!("queue {queue} cannot be listened to: {error}");
             false
         })
@@ -133,11 +137,11 @@ impl Rings {
         let memory = self.memory.memory();
         for (slot, answer) in held.drain(..) {
             let written = write(&memory, &slot.writable, &answer);
-            if let Err(error) = vring.add_used(slot.head, written) {
+            if let Err(error) = vring.get_queue_mut().add_used(&*memory, slot.head, written) {
                 debug!("chain {} of queue {queue} cannot be returned: {error}", slot.head);
             }
         }
-        match vring.needs_notification() {
+        match vring.get_queue_mut().needs_notification(&*memory) {
             Ok(false) => {}
             Ok(true) | Err(_) => {
                 if let Err(error) = vring.signal_used_queue() {
@@ -158,6 +162,7 @@ fn read(chain: DescriptorChain<Snapshot>) -> Chain {
         sound: true,
     };
     let mut more = true;
+    let mut answers = false;
     for descriptor in chain {
         more = descriptor.has_next();
         let (addr, len) = (descriptor.addr(), descriptor.len());
@@ -165,9 +170,13 @@ fn read(chain: DescriptorChain<Snapshot>) -> Chain {
         if !memory.check_range(addr, size) {
             out.sound = false;
         } else if descriptor.is_write_only() {
-            out.slot.writable.push((addr, len));
+            answers = true;
+            // A chain may have 65535 parts and wait for seconds: what no answer reaches is not kept.
+            if len > 0 && out.slot.room < MAX_ANSWER {
+                out.slot.writable.push((addr, len));
+            }
             out.slot.room += u64::from(len);
-        } else if !out.slot.writable.is_empty() {
+        } else if answers {
             out.sound = false;
         } else {
             out.readable += u64::from(len);

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use log::{debug, error, info, warn};
+use log::debug;
 use vhost::vhost_user::Listener;
 use vhost_user_backend::VhostUserDaemon;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
@@ -18,6 +18,8 @@ use vmm_sys_util::epoll::EventSet;
 use crate::device::{Device, Options, WAKE};
 use crate::hub::Hub;
 use crate::ids::PeerId;
+use crate::throttle::Throttle;
+use crate::throttled;
 
 /// Serves one VM for ever, on a thread of its own.
 pub fn spawn(
@@ -26,10 +28,11 @@ pub fn spawn(
     options: Options,
     socket: UnixListener,
 ) -> io::Result<thread::JoinHandle<()>> {
+    let throttle = Arc::new(Throttle::new());
     thread::Builder::new().name(format!("vm-{}", options.name)).spawn(move || {
         loop {
-            if let Err(error) = connection(&hub, peer, &options, &socket) {
-                error!("{}: {error}", options.name);
+            if let Err(error) = connection(&hub, peer, &options, &socket, &throttle) {
+                throttled!(throttle, Error, "{}: {error}", options.name);
                 // Out of descriptors, say: not a reason to spin.
                 thread::sleep(Duration::from_millis(100));
             }
@@ -42,14 +45,15 @@ fn connection(
     peer: PeerId,
     options: &Options,
     socket: &UnixListener,
+    throttle: &Arc<Throttle>,
 ) -> io::Result<()> {
     let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
     let wake = hub.vm_wake(peer).ok_or_else(|| io::Error::other("the VM is not configured"))?;
     wait_readable(socket)?;
     let mut listener = Listener::from(socket.try_clone()?);
-    let device = Device::new(hub.clone(), peer, options.clone(), memory.clone());
-    let device = Arc::new(device.ok_or_else(|| io::Error::other("the VM is not configured"))?);
-    let result = serve(options, &mut listener, &device, memory, wake.as_raw_fd());
+    let device = Device::new(hub.clone(), peer, options.clone(), throttle.clone());
+    let device = Arc::new(device?);
+    let result = serve(options, &mut listener, &device, memory, wake.as_raw_fd(), throttle);
     device.close();
     result
 }
@@ -60,6 +64,7 @@ fn serve(
     device: &Arc<Device>,
     memory: GuestMemoryAtomic<GuestMemoryMmap>,
     wake: i32,
+    throttle: &Throttle,
 ) -> io::Result<()> {
     let name = format!("vu-{}", options.name);
     let mut daemon = VhostUserDaemon::new(name, device.clone(), memory).map_err(framework)?;
@@ -67,13 +72,15 @@ fn serve(
         handler.register_listener(wake, EventSet::IN, WAKE)?;
     }
     daemon.start(listener).map_err(framework)?;
-    info!("{}: connected", options.name);
+    throttled!(throttle, Info, "{}: connected", options.name);
     match daemon.wait() {
-        Ok(()) => info!("{}: disconnected", options.name),
+        Ok(()) => throttled!(throttle, Info, "{}: disconnected", options.name),
         Err(vhost_user_backend::Error::HandleRequest(
             vhost::vhost_user::Error::Disconnected | vhost::vhost_user::Error::PartialMessage,
-        )) => info!("{}: disconnected", options.name),
-        Err(error) => warn!(
+        )) => throttled!(throttle, Info, "{}: disconnected", options.name),
+        Err(error) => throttled!(
+            throttle,
+            Warn,
             "{}: the connection ended: {error}; is the front end a vhost-user one for device 37?",
             options.name
         ),

@@ -11,6 +11,7 @@ mod chains;
 mod random;
 mod rings;
 mod sessions;
+mod vmm;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
