@@ -95,7 +95,7 @@ fn bystander(daemon: &Daemon, stop: &AtomicBool) {
         guest.query(handle).expect("QUERY");
         guest.release(handle).expect("RELEASE");
         let took = started.elapsed();
-        assert!(took < Duration::from_secs(2), "a round of the other VM took {took:?}");
+        assert!(took < Duration::from_secs(10), "a round of the other VM took {took:?}");
         rounds += 1;
     }
     assert!(rounds > 0, "the other VM was never served");
