@@ -104,6 +104,7 @@ fn what_outlives_its_session_lingers() {
     let lease = acquire(&mut client, &buffer);
     bed.guest.reset(Stop::WithBase);
     bed.guest.query(idle.handle).refused(Status::NoEnt);
+    bed.guest.expect_event(Opcode::EvtResync);
     let lingering = bed.guest.read_config().lingering.get();
     if buffer.mode == Mode::Copy {
         assert_eq!(lingering, 0, "a copy is not the exporter's memory");

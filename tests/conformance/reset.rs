@@ -108,6 +108,23 @@ fn a_reset_ends_all_rights() {
     }
 }
 
+/// [dev-reset-10] What a driver reads between the reset and the start of its queues may be of before.
+#[test]
+fn a_reset_is_told() {
+    for how in BOTH {
+        let mut bed = bed();
+        bed.exported(1);
+        bed.guest.pause(how);
+        let early = bed.guest.read_config().lingering.get();
+        bed.guest.restart_from_zero();
+        bed.guest.expect_event(Opcode::EvtResync);
+        let lingering = bed.guest.read_config().lingering.get();
+        assert_eq!(lingering, 0);
+        assert!([lingering, u32::MAX].contains(&early), "{early} is known to be wrong");
+        bed.guest.expect_no_event();
+    }
+}
+
 /// [dev-reset-5] A request that was pending when the guest reset is not answered to the next driver.
 #[test]
 fn a_reset_forgets_pending_requests() {
