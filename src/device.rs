@@ -344,11 +344,11 @@ impl VhostUserBackend for Device {
         Ok(())
     }
 
+    /// A VMM may think that the space is larger: what is behind ours is zero.
     fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
         let config = self.config();
-        let range = usize::try_from(offset).ok().zip(usize::try_from(size).ok());
-        let end = range.and_then(|(offset, size)| Some((offset, offset.checked_add(size)?)));
-        end.and_then(|(from, to)| config.as_bytes().get(from..to)).unwrap_or_default().to_vec()
+        let bytes = config.as_bytes().iter().copied().chain(std::iter::repeat(0));
+        bytes.skip(offset as usize).take(size as usize).collect()
     }
 
     fn update_memory(&self, memory: Memory) -> io::Result<()> {

@@ -117,6 +117,21 @@ fn the_epoch_changes_when_handles_are_lost() {
     assert_ne!(guest.read_config().epoch.get(), first);
 }
 
+/// A VMM may read the space in pieces, and as if it were larger than it is.
+#[test]
+fn the_configuration_can_be_read_in_any_piece() {
+    let bed = bed();
+    let mut expected = bed.guest.config.as_bytes().to_vec();
+    expected.resize(256, 0);
+    for (offset, len) in [(0, 4), (4, 4), (60, 4), (16, 8), (60, 8), (64, 1), (0, 256), (3, 7)] {
+        let flags = VhostUserConfigFlags::empty();
+        let read = bed.guest.frontend().get_config(offset, len, flags, &vec![0; len as usize]);
+        let (_, bytes) = read.expect("GET_CONFIG");
+        let at = offset as usize;
+        assert_eq!(bytes, expected[at..at + len as usize], "{len} bytes at {offset}");
+    }
+}
+
 /// [dev-config-8]
 #[test]
 fn the_configuration_cannot_be_written() {

@@ -125,6 +125,23 @@ fn a_reset_is_told() {
     }
 }
 
+/// An operator may prefer that a VM which does not run lends nothing.
+#[test]
+fn a_stop_may_revoke() {
+    let mut bed = bed_with("name=a,on-stop=revoke");
+    let buffer = bed.offered(2);
+    let mut client = bed.client();
+    let lease = acquire(&mut client, &buffer);
+    bed.guest.pause(Stop::WithBase);
+    let read = host_access(access::READ);
+    let revoked = || client.begin(lease.id, read, SOON).is_err();
+    assert!(wait_for(SOON, revoked), "the VM is stopped");
+    host_refused(client.begin(lease.id, read, SOON), Status::Revoked);
+    bed.guest.resume();
+    bed.guest.query(buffer.handle).refused(Status::NoEnt);
+    bed.exported(1);
+}
+
 /// [dev-reset-5] A request that was pending when the guest reset is not answered to the next driver.
 #[test]
 fn a_reset_forgets_pending_requests() {
