@@ -179,7 +179,8 @@ fn parse_vm(text: &str) -> Result<Vm, Error> {
         let (key, value) = word.split_once('=').unwrap_or((word, ""));
         match key {
             "name" => name = Some(value.to_owned()),
-            "socket" => socket = Some(Socket::Path(value.into())),
+            "socket" if !value.is_empty() => socket = Some(Socket::Path(value.into())),
+            "socket" => return Err(wrong("it needs socket=PATH or fd=N".to_owned())),
             "fd" => {
                 socket =
                     Some(Socket::Fd(number(value).map_err(|what| wrong(format!("fd: {what}")))?))

@@ -5,6 +5,8 @@
 
 use std::error::Error;
 use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::ExitCode;
@@ -20,6 +22,7 @@ use bufshare::ids::PeerId;
 use bufshare::policy::Policy;
 use bufshare::{ioctl, protocol, sandbox, serve};
 use clap::Parser;
+use rustix::net::sockopt::socket_acceptconn;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 fn main() -> ExitCode {
@@ -105,6 +108,10 @@ fn listen(vm: &Vm) -> io::Result<UnixListener> {
                 io::ErrorKind::AddrInUse => {
                     "another daemon serves it: stop that one, or choose another path"
                 }
+                io::ErrorKind::AlreadyExists => {
+                    "a file that is no socket is in the way: remove it, or choose another path"
+                }
+                io::ErrorKind::InvalidInput => "a socket path has at most 107 bytes",
                 _ => "choose another path",
             };
             let text =
@@ -112,7 +119,12 @@ fn listen(vm: &Vm) -> io::Result<UnixListener> {
             io::Error::new(error.kind(), text)
         }),
         Socket::Fd(number) => {
-            let fd = ioctl::adopt_fd(*number).map_err(|error| {
+            let listening = |fd: OwnedFd| match socket_acceptconn(&fd) {
+                Ok(true) => Ok(fd),
+                Ok(false) => Err(io::Error::other("it does not listen")),
+                Err(error) => Err(error.into()),
+            };
+            let fd = ioctl::adopt_fd(*number).and_then(listening).map_err(|error| {
                 let hint = "the service manager must pass a listening socket under this number";
                 io::Error::new(
                     error.kind(),
@@ -128,6 +140,10 @@ fn listen(vm: &Vm) -> io::Result<UnixListener> {
 fn bind(path: &Path) -> io::Result<UnixListener> {
     match UnixListener::bind(path) {
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+            // A plain file refuses connections too.
+            if !std::fs::symlink_metadata(path)?.file_type().is_socket() {
+                return Err(io::ErrorKind::AlreadyExists.into());
+            }
             let stale = UnixStream::connect(path)
                 .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused);
             if !stale {

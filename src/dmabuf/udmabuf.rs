@@ -9,6 +9,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use crate::ioctl::{UdmabufItem, udmabuf_create};
+use crate::limits::GRANULE;
 use crate::memory::FileSegment;
 
 /// Where udmabuf comes from: `--udmabuf`.
@@ -58,7 +59,7 @@ pub struct Device {
 }
 
 impl Device {
-    /// Opens it. `None` where the operator wants none.
+    /// Opens it and tries it out. `None` where the operator wants none.
     pub fn open(source: &Source) -> io::Result<Option<Device>> {
         let node = match source {
             Source::Off => return Ok(None),
@@ -69,7 +70,18 @@ impl Device {
                 io::Error::new(error.kind(), format!("--udmabuf fd:{number}: {error}; {hint}"))
             })?,
         };
-        Ok(Some(Device { node, limits: read_limits(Path::new(PARAMETERS)) }))
+        let device = Device { node, limits: read_limits(Path::new(PARAMETERS)) };
+        let page = super::copy::private(GRANULE)?;
+        device.wrap(page.as_fd(), GRANULE).map_err(|error| {
+            let what = match source {
+                Source::Path(path) => path.display().to_string(),
+                Source::Fd(number) => format!("fd:{number}"),
+                Source::Auto | Source::Off => NODE.to_owned(),
+            };
+            let hint = "is it no udmabuf? Pass another node with --udmabuf, or accept copies with --udmabuf off";
+            io::Error::new(error.kind(), format!("{what} makes no dma-buf: {error}; {hint}"))
+        })?;
+        Ok(Some(device))
     }
 
     /// Its limits.
