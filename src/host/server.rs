@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use log::{debug, error};
@@ -29,6 +29,10 @@ use crate::protocol::{NAME_LEN, Status};
 use crate::throttle::Throttle;
 use crate::throttled;
 
+/// A client that took this long has had its turn.
+const TURN_TIME: Duration = Duration::from_millis(2);
+/// Pause between two looks for a free descriptor.
+const RETRY: Duration = Duration::from_millis(100);
 const LISTENER: u32 = 0;
 const WAKE: u32 = 1;
 const TIMER: u32 = 2;
@@ -86,7 +90,7 @@ impl Server {
                 Ok(accepted) => accepted,
                 Err(error) => match Errno::from_io_error(&error) {
                     Some(Errno::AGAIN) => return,
-                    Some(Errno::MFILE | Errno::NFILE) => return self.turn_away(),
+                    Some(Errno::MFILE | Errno::NFILE) => return self.turn_away(ops),
                     _ => {
                         throttled!(self.log, Warn, "a client could not be accepted: {error}");
                         return;
@@ -127,18 +131,39 @@ impl Server {
     }
 
     /// Without a free descriptor a waiting connection would keep the listener readable for ever.
-    fn turn_away(&mut self) {
+    fn turn_away(&mut self, ops: &mut EventOps) {
         throttled!(self.log, Warn, "no descriptor left for another client: raise LimitNOFILE");
         self.spare = None;
         if let Some(listener) = &self.listener {
             drop(listener.accept());
         }
-        self.spare = rustix::io::fcntl_dupfd_cloexec(&self.timer, 0).ok();
+        self.spare = self.new_spare();
+        if self.spare.is_none() {
+            // Somebody else was faster: nobody can be turned away until it is back.
+            self.listen_for(EventSet::empty(), ops);
+        }
+    }
+
+    fn new_spare(&self) -> Option<OwnedFd> {
+        rustix::io::fcntl_dupfd_cloexec(&self.timer, 0).ok()
+    }
+
+    fn listen_for(&self, set: EventSet, ops: &mut EventOps) {
+        if let Some(listener) = &self.listener
+            && let Err(error) = ops.modify(Events::with_data(&listener.as_fd(), LISTENER, set))
+        {
+            error!("the host socket is watched no more: {error}");
+        }
     }
 
     /// A turn of requests of one client.
     fn serve(&mut self, token: u32) -> Result<(), Gone> {
+        let started = Instant::now();
         for _ in 0..TURN {
+            // One request may be a copy of a whole buffer.
+            if started.elapsed() > TURN_TIME {
+                break;
+            }
             let Some((conn, _)) = self.conns.get_mut(&token) else { break };
             let Some(answer) = conn.next_answer(&self.hub, &self.people)? else { break };
             if let (Some(name), Some(person)) = (conn.name(), self.people.get_mut(&conn.client())) {
@@ -188,7 +213,15 @@ impl Server {
 
     /// Sends what there is to send, sets the clock, and says what to wait for.
     fn settle(&mut self, ops: &mut EventOps) {
-        let due = self.hub.tick();
+        let mut due = self.hub.tick();
+        if self.spare.is_none() {
+            self.spare = self.new_spare();
+            if self.spare.is_some() {
+                self.listen_for(EventSet::IN, ops);
+            } else {
+                due = Some(due.map_or(RETRY, |due| due.min(RETRY)));
+            }
+        }
         self.spread_news();
         let mut gone = Vec::new();
         for (token, (conn, waits_for)) in &mut self.conns {

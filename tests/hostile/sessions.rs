@@ -77,3 +77,32 @@ fn memory_that_is_cut_off() {
     guest.export_pages(1);
     Guest::connect(&daemon, "b").export_pages(1);
 }
+
+/// CPU time of the daemon so far, in ticks of 10 ms.
+fn cpu_ticks(daemon: &Daemon) -> u64 {
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", daemon.pid())).expect("it lives");
+    let (_, fields) = stat.rsplit_once(") ").expect("a name in parentheses");
+    fields.split(' ').skip(11).take(2).map(|ticks| ticks.parse::<u64>().expect("a number")).sum()
+}
+
+#[test]
+fn without_descriptors_it_waits_and_does_not_spin() {
+    use bufshare::host::client::Client;
+    use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
+    let daemon = Daemon::start(&["a"]);
+    let pid = Pid::from_raw(i32::try_from(daemon.pid()).expect("a pid"));
+    let none = Rlimit { current: Some(3), ..getrlimit(Resource::Nofile) };
+    let before = prlimit(pid, Resource::Nofile, none).expect("prlimit");
+    let path = daemon.host_socket();
+    let waiting = thread::spawn(move || Client::connect(&path, "patient").is_ok());
+    thread::sleep(Duration::from_millis(100));
+    let ticks = cpu_ticks(&daemon);
+    thread::sleep(Duration::from_secs(1));
+    let used = cpu_ticks(&daemon) - ticks;
+    let log = daemon.log().lines().count();
+    prlimit(pid, Resource::Nofile, before).expect("prlimit");
+    assert!(used < 10, "{used} of 100 ticks");
+    assert!(log < 30, "{log} lines");
+    assert!(waiting.join().expect("no panic"), "it is served when there are descriptors again");
+    Guest::connect(&daemon, "a").export_pages(1);
+}
