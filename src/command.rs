@@ -24,8 +24,8 @@ pub const MAX_REQUEST: usize =
 /// A request that says what it wants.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[allow(missing_docs)]
-pub enum Command {
-    Export(Export),
+pub enum Command<'a> {
+    Export(Export<'a>),
     Grant(GrantRequest),
     Release { handle: HandleId, force: bool },
     Query { handle: HandleId },
@@ -39,11 +39,11 @@ pub enum Command {
 
 /// EXPORT.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Export {
+pub struct Export<'a> {
     /// What it is for.
     pub what: Description,
     /// Guest memory, or with `pool` one range of the pool.
-    pub segments: Vec<Segment>,
+    pub segments: &'a [Segment],
     /// F_PART: the pool.
     pub pool: Option<Uuid>,
     /// F_ZERO_COPY.
@@ -65,13 +65,13 @@ pub struct Raw<'a> {
     pub features: u64,
 }
 
-impl Raw<'_> {
+impl<'a> Raw<'a> {
     fn has(&self, bit: u32) -> bool {
         self.features >> bit & 1 != 0
     }
 
     /// Judges the request. The error is the status of the response.
-    pub fn parse(&self) -> Result<Command, Status> {
+    pub fn parse(&self) -> Result<Command<'a>, Status> {
         let (hdr, _) = wire::Req::ref_from_prefix(self.bytes).ok().ok_or(Status::Inval)?;
         let opcode = Opcode::from_wire(hdr.kind.get()).ok_or(Status::Unsupp)?;
         let sync = matches!(opcode, Opcode::Sync | Opcode::PointSignal | Opcode::PointWait);
@@ -144,7 +144,7 @@ impl Raw<'_> {
         T::read_from_prefix(self.bytes).map(|(value, _)| value).ok().ok_or(Status::Inval)
     }
 
-    fn export(&self, flags: u16) -> Result<Command, Status> {
+    fn export(&self, flags: u16) -> Result<Command<'a>, Status> {
         if flags & (flag::EXPORT_DEVICE_MEMORY | flag::EXPORT_OBJECT) != 0 {
             return Err(Status::Unsupp);
         }
@@ -184,13 +184,13 @@ impl Raw<'_> {
                 metadata_type: req.metadata_type.get(),
                 metadata: bytes.into(),
             },
-            segments: segments.to_vec(),
+            segments,
             pool: part.then(|| Uuid::from_bytes(req.object)),
             zero_copy: flags & flag::EXPORT_ZERO_COPY != 0,
         }))
     }
 
-    fn grant(&self, flags: u16) -> Result<Command, Status> {
+    fn grant(&self, flags: u16) -> Result<Command<'a>, Status> {
         let known = flag::GRANT_ONCE | flag::GRANT_FORCE;
         let req: wire::Grant = self.fixed(Opcode::Grant, flags, known)?;
         let access = Access::from_bits(req.access.get()).ok_or(Status::Inval)?;
@@ -208,7 +208,7 @@ impl Raw<'_> {
         }))
     }
 
-    fn sync(&self, flags: u16) -> Result<Command, Status> {
+    fn sync(&self, flags: u16) -> Result<Command<'a>, Status> {
         let known = flag::SYNC_END | flag::SYNC_READ | flag::SYNC_WRITE | flag::SYNC_NONBLOCK;
         let req: wire::Sync = self.fixed(Opcode::Sync, flags, known)?;
         let bits =

@@ -6,7 +6,7 @@ use zerocopy::IntoBytes;
 
 const ALL: u64 = u64::MAX;
 
-fn parse(bytes: &[u8], queue: u16) -> Result<Command, Status> {
+fn parse(bytes: &[u8], queue: u16) -> Result<Command<'_>, Status> {
     let readable = bytes.len() as u64;
     Raw { bytes, readable, room: 4096, queue, features: ALL }.parse()
 }
@@ -78,7 +78,7 @@ fn names_are_utf8_and_padded() {
     let named = |name: &[u8]| {
         let mut req = export();
         req.name[..name.len()].copy_from_slice(name);
-        parse(&bytes_of(&req, 1, &[]), vq::CONTROL)
+        parse(&bytes_of(&req, 1, &[]), vq::CONTROL).map(drop)
     };
     assert!(named("frame ✓".as_bytes()).is_ok());
     assert!(named(&[b'x'; 32]).is_ok());
@@ -92,7 +92,7 @@ fn images_have_planes_inside_the_buffer() {
         let mut image = wire::Image { nr_planes: nr_planes.into(), ..Default::default() };
         image.planes[0].offset = offset.into();
         let req = wire::Export { metadata_type: 1.into(), metadata_len: 88.into(), ..export() };
-        parse(&bytes_of(&req, 1, image.as_bytes()), vq::CONTROL)
+        parse(&bytes_of(&req, 1, image.as_bytes()), vq::CONTROL).map(drop)
     };
     assert!(image(1, 4095).is_ok());
     for (planes, offset) in [(0, 0), (5, 0), (u32::MAX, 0), (1, 4096)] {

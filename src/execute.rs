@@ -32,7 +32,7 @@ pub struct Context<'a> {
 }
 
 /// Executes a command. `None`: it waits, and [`Hub::take_done`] will tell.
-pub fn execute(hub: &Hub, vm: Context<'_>, command: Command) -> Option<Result<Reply, Refused>> {
+pub fn execute(hub: &Hub, vm: Context<'_>, command: Command<'_>) -> Option<Result<Reply, Refused>> {
     let session = vm.session;
     let done = |result: Result<(), Status>| result.map(|()| Reply::Done).map_err(Refused::from);
     Some(match command {
@@ -78,21 +78,21 @@ pub fn execute(hub: &Hub, vm: Context<'_>, command: Command) -> Option<Result<Re
     })
 }
 
-fn export(hub: &Hub, vm: Context<'_>, request: Export) -> Result<Reply, Refused> {
+fn export(hub: &Hub, vm: Context<'_>, request: Export<'_>) -> Result<Reply, Refused> {
     let Export { what, segments, pool, zero_copy } = request;
     let size = what.size;
     let name = String::from_utf8_lossy(&what.name).trim_end_matches('\0').to_owned();
     let too_big =
         what.metadata.len() > MAX_METADATA as usize || size > hub.max_buffer_size(vm.session);
     let part = match pool {
-        Some(pool) => Some(Part { pool, offset: part_offset(&segments, size)? }),
+        Some(pool) => Some(Part { pool, offset: part_offset(segments, size)? }),
         None => {
-            memory::check_shape(&segments, size).map_err(refused)?;
+            memory::check_shape(segments, size).map_err(refused)?;
             None
         }
     };
     let (ticket, parent) = hub.with(|r, _| r.begin_export(vm.session, what, part, too_big))?;
-    let made = pages(hub, vm, &segments, part, parent.as_deref(), size)
+    let made = pages(hub, vm, segments, part, parent.as_deref(), size)
         .and_then(|(pages, sealed)| {
             let allowed = hub.policy.allows(vm.session.peer, PeerId::HOST) != Allowed::ReadOnly;
             let wish = Wish { may_share: sealed && allowed, must_share: zero_copy };

@@ -1,4 +1,5 @@
-//! The one file with `unsafe`: ioctls of /dev/udmabuf and dma-bufs, memory mappings, inherited fds.
+//! The one file with `unsafe`: ioctls of /dev/udmabuf and dma-bufs, memory mappings, inherited fds, the
+//! allocator's settings.
 //!
 //! It knows kernel ABIs, not buffers or VMs. Every wrapper is safe to call with any argument: the
 //! worst outcome is an `Err` with the kernel's errno.
@@ -119,26 +120,31 @@ pub struct UdmabufItem<'a> {
 }
 
 /// UDMABUF_CREATE_LIST: a dma-buf (close-on-exec) of exactly the listed pages.
-pub fn udmabuf_create(device: BorrowedFd<'_>, items: &[UdmabufItem<'_>]) -> io::Result<OwnedFd> {
-    const FLAGS_CLOEXEC: u64 = 1;
-    let count = u32::try_from(items.len()).map_err(io::Error::other)?;
+pub fn udmabuf_create<'a>(
+    device: BorrowedFd<'_>,
+    items: impl ExactSizeIterator<Item = UdmabufItem<'a>>,
+) -> io::Result<OwnedFd> {
+    const FLAGS_CLOEXEC: u32 = 1;
     let mut list: Vec<u64> = Vec::with_capacity(1 + items.len() * 3);
-    list.push(u64::from_ne_bytes(pair(FLAGS_CLOEXEC as u32, count)));
+    list.push(0);
     for item in items {
-        list.push(u64::from_ne_bytes(pair(item.memfd.as_raw_fd() as u32, 0)));
-        list.push(item.offset);
-        list.push(item.size);
+        list.extend([pair(item.memfd.as_raw_fd() as u32, 0), item.offset, item.size]);
+    }
+    let count = u32::try_from(list.len() / 3).map_err(io::Error::other)?;
+    if let Some(head) = list.first_mut() {
+        *head = pair(FLAGS_CLOEXEC, count);
     }
     let fd = call(device, iow(b'u', 0x43, 8), list.as_mut_ptr().cast())?;
     // SAFETY: the ioctl returned a new descriptor that nobody else owns.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-fn pair(first: u32, second: u32) -> [u8; 8] {
+/// Two u32 fields that follow each other.
+fn pair(first: u32, second: u32) -> u64 {
     let mut bytes = [0; 8];
     bytes[..4].copy_from_slice(&first.to_ne_bytes());
     bytes[4..].copy_from_slice(&second.to_ne_bytes());
-    bytes
+    u64::from_ne_bytes(bytes)
 }
 
 /// Direction of DMA_BUF_IOCTL_SYNC.
@@ -174,6 +180,21 @@ pub fn adopt_fd(number: i32) -> io::Result<OwnedFd> {
     let fd = unsafe { OwnedFd::from_raw_fd(number) };
     rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC)?;
     Ok(fd)
+}
+
+/// Lets each heap keep so many bytes of freed memory for the next one who needs it.
+///
+/// Only glibc's allocator is told; others do as they like.
+pub fn keep_freed_memory(bytes: i32) {
+    #[cfg(target_env = "gnu")]
+    for parameter in [libc::M_TRIM_THRESHOLD, libc::M_MMAP_THRESHOLD] {
+        // SAFETY: mallopt takes two integers and may be called at any time.
+        if unsafe { libc::mallopt(parameter, bytes) } == 0 {
+            log::debug!("mallopt refuses to keep {bytes} bytes");
+        }
+    }
+    #[cfg(not(target_env = "gnu"))]
+    let _ = bytes;
 }
 
 /// A shared mapping of a descriptor that others may write at any time.

@@ -19,8 +19,11 @@ pub const EVENT_SIZE: u32 = 64;
 pub const MAX_WAIT: Duration = Duration::from_secs(10);
 /// Pending sync requests of one VM. Leaves room in a ring of 128 for END.
 pub const MAX_WAITS: u32 = 64;
-/// Bytes of one step of a bulk copy: bounds the daemon's buffer.
-pub const COPY_STEP: usize = 1 << 20;
+/// Bytes of one step of a bulk copy: bounds the daemon's buffer, and stays in a processor's cache.
+pub const COPY_STEP: usize = 256 << 10;
+/// Bytes of freed memory that a heap keeps: what an EXPORT of 8192 segments takes. The rest goes back
+/// to the kernel, and costs a page fault for each page when it is needed again.
+pub const KEEP_FREED: i32 = 1 << 20;
 /// Exports of one VM at once, unless `max-exports=` says otherwise.
 pub const DEFAULT_MAX_EXPORTS: u32 = 4096;
 /// Bytes exported by one VM at once, unless `max-bytes=` says otherwise. Pinned pages are charged

@@ -20,7 +20,7 @@ use bufshare::host::server::Server;
 use bufshare::hub::{Hub, VmSpec};
 use bufshare::ids::PeerId;
 use bufshare::policy::Policy;
-use bufshare::{ioctl, protocol, sandbox, serve};
+use bufshare::{ioctl, limits, protocol, sandbox, serve};
 use clap::Parser;
 use rustix::net::sockopt::socket_acceptconn;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -64,6 +64,7 @@ fn complain(error: &dyn Error) {
 }
 
 fn run(settings: Settings) -> Result<(), Box<dyn Error>> {
+    ioctl::keep_freed_memory(limits::KEEP_FREED);
     raise_fd_limit();
     let dmabufs = DmaBufs::new(&settings.udmabuf, settings.require_zero_copy)?;
     let mut listeners = Vec::new();

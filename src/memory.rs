@@ -191,7 +191,7 @@ impl MemoryMap {
         max_segments: u32,
         allow_unsealed: bool,
     ) -> Result<(Vec<FileSegment>, bool), Refusal> {
-        let mut out: Vec<FileSegment> = Vec::with_capacity(segments.len().min(64));
+        let mut out: Vec<FileSegment> = Vec::with_capacity(segments.len());
         let mut sealed = true;
         let mut region = None::<&Region>;
         for (index, segment) in (0u32..).zip(segments) {
@@ -251,14 +251,14 @@ pub fn check_shape(segments: &[Segment], size: u64) -> Result<(), Refusal> {
         return Err(Refusal::Sum { sum: sum.unwrap_or(u64::MAX), size });
     }
     if !ascending {
-        let mut order: Vec<(u64, u64, u32)> = (0u32..)
-            .zip(segments)
-            .map(|(index, segment)| (segment.addr.get(), segment.len.get(), index))
-            .collect();
-        order.sort_unstable();
+        let mut order: Vec<(u64, u64)> =
+            segments.iter().map(|segment| (segment.addr.get(), segment.len.get())).collect();
+        order.sort_unstable_by_key(|(addr, _)| *addr);
         for (first, second) in order.iter().zip(order.iter().skip(1)) {
             if first.0.saturating_add(first.1) > second.0 {
-                return Err(Refusal::Malformed(second.2));
+                let same = |segment: &Segment| segment.addr.get() == second.0;
+                let index = segments.iter().rposition(same).unwrap_or_default();
+                return Err(Refusal::Malformed(u32::try_from(index).unwrap_or(u32::MAX)));
             }
         }
     }

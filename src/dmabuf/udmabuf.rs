@@ -91,20 +91,17 @@ impl Device {
 
     /// A dma-buf of exactly these pages.
     pub fn create(&self, pages: &[FileSegment]) -> io::Result<OwnedFd> {
-        let item = |segment: &'_ FileSegment| -> (u64, u64) { (segment.offset, segment.len) };
-        let items: Vec<UdmabufItem<'_>> = pages
-            .iter()
-            .map(|segment| {
-                let (offset, size) = item(segment);
-                UdmabufItem { memfd: segment.file.as_fd(), offset, size }
-            })
-            .collect();
-        udmabuf_create(self.node.as_fd(), &items)
+        let items = pages.iter().map(|segment| UdmabufItem {
+            memfd: segment.file.as_fd(),
+            offset: segment.offset,
+            size: segment.len,
+        });
+        udmabuf_create(self.node.as_fd(), items)
     }
 
     /// A dma-buf of a whole memfd.
     pub fn wrap(&self, memfd: BorrowedFd<'_>, size: u64) -> io::Result<OwnedFd> {
-        udmabuf_create(self.node.as_fd(), &[UdmabufItem { memfd, offset: 0, size }])
+        udmabuf_create(self.node.as_fd(), [UdmabufItem { memfd, offset: 0, size }].into_iter())
     }
 }
 
