@@ -4,13 +4,13 @@
 
 use std::fs::File;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, RwLock};
+use std::sync::{Arc, RwLock, RwLockReadGuard};
 
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use vhost::VhostUserMemoryRegionInfo;
 use vm_memory::{
-    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
-    GuestRegionMmap,
+    Address, Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap,
+    GuestMemoryRegion, GuestRegionMmap,
 };
 
 /// Bytes of a page, and the granule that the tests assume.
@@ -85,8 +85,16 @@ impl Memory {
         file.file().set_len(file.start()).expect("unsealed");
     }
 
-    fn map(&self) -> GuestMemoryMmap {
-        self.map.read().expect("no writer panicked").clone()
+    /// The memfd behind an address, and where in it.
+    pub fn file(&self, address: u64) -> FileOffset {
+        let map = self.map();
+        let (region, at) = map.to_region_addr(GuestAddress(address)).expect("inside guest memory");
+        let file = region.file_offset().expect("region with a file");
+        FileOffset::from_arc(file.arc().clone(), file.start() + at.raw_value())
+    }
+
+    fn map(&self) -> RwLockReadGuard<'_, GuestMemoryMmap> {
+        self.map.read().expect("no writer panicked")
     }
 
     fn replace(&self, map: GuestMemoryMmap) {
