@@ -1,7 +1,7 @@
 //! The event queue: state that is told once, however few buffers there are.
 
 use super::*;
-use bufshare::protocol::{Event, Opcode, flag};
+use bufshare::protocol::{Event, Opcode, flag, peer};
 use std::collections::BTreeSet;
 use zerocopy::FromBytes;
 
@@ -25,7 +25,7 @@ fn used_pool(bed: &mut Bed) -> (Buffer, u64) {
     (pool, part)
 }
 
-/// [dev-event-1] [dev-event-8] [dev-event-4] [dev-event-5]
+/// [dev-event-1] [dev-event-9] [dev-event-4] [dev-event-5]
 #[test]
 fn busy_and_idle_tell_the_use_count() {
     let mut bed = bed();
@@ -142,6 +142,37 @@ fn only_the_difference_is_told() {
     client.release(lease).expect("RELEASE");
     bed.guest.expect_event(Opcode::EvtIdle);
     bed.guest.expect_no_event();
+}
+
+/// [dev-event-8]
+#[test]
+fn peers_come_and_go() {
+    let launch = Launch {
+        vms: ["a", "b", "c"].map(|vm| format!("name={vm}")).to_vec(),
+        args: ["--allow", "a:b"].map(String::from).to_vec(),
+        ..Default::default()
+    };
+    let daemon = launch.start();
+    let mut a = Guest::connect(&daemon, "a");
+    Guest::connect(&daemon, "c").export_pages(1);
+    a.expect_no_event();
+    for _ in 0..3 {
+        let mut b = Guest::connect(&daemon, "b");
+        let id = b.config.peer_id;
+        let online = |a: &mut Guest, wanted: bool| {
+            let event = a.expect_event(Opcode::EvtPeer);
+            assert_eq!(event.peer_id, id);
+            assert_eq!((event.handle.get(), event.uuid), (0, [0; 16]));
+            let info = (0..2).map(|i| a.peer_info(i).expect("PEER_INFO"));
+            let info = info.into_iter().find(|info| info.peer_id == id).expect("listed");
+            assert_eq!(info.flags.get() & peer::F_ONLINE != 0, wanted);
+            assert_eq!(info.epoch, event.epoch);
+        };
+        online(&mut a, true);
+        b.disconnect();
+        online(&mut a, false);
+        a.expect_no_event();
+    }
 }
 
 /// [dev-event-6]
