@@ -311,6 +311,42 @@ fn pending_requests_have_a_bound() {
     }
 }
 
+/// [dev-sync-14] Of a queue with four entries two may be pending, each in one indirect descriptor.
+#[test]
+fn a_small_queue_keeps_room() {
+    let daemon = Daemon::start(&["a"]);
+    let setup = Setup { queue_size: 4, event_buffers: 4, ..Default::default() };
+    let mut bed = Bed { guest: setup.connect(&daemon, "a"), daemon };
+    let buffer = bed.offered(1);
+    let mut client = bed.client();
+    let lease = acquire(&mut client, &buffer);
+    client.begin(lease.id, host_access(READ_WRITE), SOON).expect("BEGIN");
+    let request = Sync { timeout_ns: u64::MAX, ..sync(&buffer, READ) }.bytes();
+    let memory = bed.guest.memory.clone();
+    let ring = bed.guest.sync_ring();
+    let answers: Vec<u64> = (0..3)
+        .map(|i| {
+            let [from, to, table] = [ring.buffer(40), ring.buffer(16), ring.buffer(32)];
+            memory.write(from, &request);
+            let parts = [
+                Desc { addr: from, len: 40, flags: NEXT, next: 1 },
+                Desc { addr: to, len: 16, flags: WRITE, next: 0 },
+            ];
+            memory.write(table, &parts.map(Desc::bytes).concat());
+            ring.write_desc(i, Desc { addr: table, len: 32, flags: INDIRECT, next: 0 });
+            ring.offer(i);
+            ring.kick();
+            to
+        })
+        .collect();
+    assert_eq!(ring.wait_used(SOON), Some(Used { id: 2, len: 8 }));
+    parse::<RespSync>(&memory.read(answers[2], 8)).refused(Status::Busy);
+    client.end(lease.id, host_access(READ_WRITE)).expect("END");
+    for id in [0, 1] {
+        assert_eq!(bed.guest.sync_ring().wait_used(SOON), Some(Used { id, len: 16 }));
+    }
+}
+
 /// [dev-sync-17]
 #[test]
 fn a_holder_that_dies_holds_nothing() {
