@@ -53,11 +53,11 @@ pub struct Conn {
 }
 
 /// The hub, as a watch asks it.
-struct Look<'a>(&'a Hub);
+struct Look<'a>(&'a Hub, ClientId);
 
 impl Buffers for Look<'_> {
     fn look(&self, uuid: Uuid) -> Option<BufferInfo> {
-        self.0.host_info(uuid)
+        self.0.read(|registry| registry.host_view(uuid, self.1))
     }
 
     fn after(&self, uuid: Uuid) -> Vec<Uuid> {
@@ -95,7 +95,7 @@ impl Conn {
         if !self.queue.is_empty() {
             return Ok(None);
         }
-        match packet::receive(&self.socket, Wait::Never) {
+        match packet::receive_plain(&self.socket, Wait::Never) {
             Ok(Some(packet)) => {
                 self.session.handle(&packet, hub, people).map(Some).map_err(Gone::Broken)
             }
@@ -131,7 +131,10 @@ impl Conn {
                 break;
             }
             let Some((cookie, watch)) = &mut self.session.watch else { break };
-            let Some(News { kind, uuid, info }) = watch.next(&Look(hub)) else { break };
+            let Some(News { kind, uuid, info }) = watch.next(&Look(hub, self.session.client))
+            else {
+                break;
+            };
             let (status, record) = match &info {
                 Some(info) => (Status::Ok, request::record(info)),
                 None => {

@@ -54,14 +54,30 @@ pub fn send(socket: impl AsFd, bytes: &[u8], fd: Option<BorrowedFd<'_>>, wait: W
 
 /// Receives one packet; `None` when the other side closed the connection.
 pub fn receive(socket: impl AsFd, wait: Wait) -> Result<Option<Packet>> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    receive_with(socket, wait, &mut space)
+}
+
+/// As [`receive`], where no fd is welcome: the kernel drops it, and the packet counts as truncated.
+///
+/// To close an fd can take as long as whoever made it likes (a file of a FUSE file system asks its
+/// server).
+pub fn receive_plain(socket: impl AsFd, wait: Wait) -> Result<Option<Packet>> {
+    receive_with(socket, wait, &mut [])
+}
+
+fn receive_with(
+    socket: impl AsFd,
+    wait: Wait,
+    space: &mut [MaybeUninit<u8>],
+) -> Result<Option<Packet>> {
     let mut flags = RecvFlags::CMSG_CLOEXEC;
     if wait == Wait::Never {
         flags |= RecvFlags::DONTWAIT;
     }
     retry_on_intr(|| {
         let mut bytes = vec![0; MAX_PACKET];
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let mut control = RecvAncillaryBuffer::new(space);
         let mut take = || recvmsg(&socket, &mut [IoSliceMut::new(&mut bytes)], &mut control, flags);
         let got = match take() {
             // The other side closed without reading everything; its own last words come after
@@ -77,11 +93,11 @@ pub fn receive(socket: impl AsFd, wait: Wait) -> Result<Option<Packet>> {
                 }
             }
         }
-        if got.bytes == 0 && fd.is_none() {
+        let truncated = got.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC);
+        if got.bytes == 0 && fd.is_none() && !truncated {
             return Ok(None);
         }
         bytes.truncate(got.bytes);
-        let truncated = got.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC);
         Ok(Some(Packet { bytes, fd, truncated }))
     })
 }
@@ -113,6 +129,17 @@ mod tests {
         assert_eq!(receive(&b, Wait::Never).unwrap_err(), Errno::AGAIN);
         drop(a);
         assert!(receive(&b, Wait::Forever).unwrap().is_none());
+    }
+
+    #[test]
+    fn an_fd_that_is_not_welcome_never_arrives() {
+        let (a, b) = pair();
+        let (ours, theirs) = std::io::pipe().unwrap();
+        send(&a, b"one", Some(theirs.as_fd()), Wait::Never).unwrap();
+        drop(theirs);
+        let packet = receive_plain(&b, Wait::Never).unwrap().unwrap();
+        assert!(packet.truncated && packet.fd.is_none() && packet.bytes == b"one");
+        assert_eq!(std::io::read_to_string(ours).unwrap(), "", "it is closed");
     }
 
     #[test]

@@ -34,7 +34,7 @@ pub struct BufferInfo {
     pub use_count: u32,
     /// The exporter sent RELEASE, or is gone: whoever holds a lease should finish.
     pub wanted_back: bool,
-    /// Its leases.
+    /// Its leases, as far as they were asked for.
     pub leases: Vec<LeaseInfo>,
 }
 
@@ -65,14 +65,24 @@ impl<H: Clone> Registry<H> {
     /// follow `after`, in that order.
     pub fn host_page(&self, after: Uuid, max: usize) -> Vec<BufferInfo> {
         let later = self.by_uuid.range((Bound::Excluded(after), Bound::Unbounded));
-        later.filter_map(|(uuid, _)| self.host_info(*uuid)).take(max).collect()
+        later.filter_map(|(uuid, _)| self.info(*uuid, |_| false)).take(max).collect()
     }
 
     /// The buffer, if the host may acquire it or holds a lease of it.
     pub fn host_info(&self, uuid: Uuid) -> Option<BufferInfo> {
+        self.info(uuid, |_| true)
+    }
+
+    /// The same as one client has to know it: with its own live leases alone. Others may have
+    /// thousands, and this is asked at every change.
+    pub fn host_view(&self, uuid: Uuid, client: ClientId) -> Option<BufferInfo> {
+        self.info(uuid, |lease| lease.client == client && !lease.revoked)
+    }
+
+    fn info(&self, uuid: Uuid, wanted: impl Fn(&Lease) -> bool) -> Option<BufferInfo> {
         let key = *self.by_uuid.get(&uuid)?;
         let buffer = self.buffers.get(&key)?;
-        self.host_sees(key).then(|| self.info_of(key, buffer))
+        self.host_sees(key).then(|| self.info_of(key, buffer, wanted))
     }
 
     /// Whether the host may know of a buffer.
@@ -81,7 +91,12 @@ impl<H: Clone> Registry<H> {
         leased || !self.host_access(key).is_none()
     }
 
-    fn info_of(&self, key: BufferKey, buffer: &Buffer<H>) -> BufferInfo {
+    fn info_of(
+        &self,
+        key: BufferKey,
+        buffer: &Buffer<H>,
+        wanted: impl Fn(&Lease) -> bool,
+    ) -> BufferInfo {
         let name = self.vms.get(&buffer.owner).map(|vm| vm.name.clone());
         let lease = |lease: &Lease| LeaseInfo {
             lease: lease.id,
@@ -100,7 +115,7 @@ impl<H: Clone> Registry<H> {
             generation: buffer.generation,
             use_count: buffer.use_count(),
             wanted_back: buffer.phase != Phase::Live,
-            leases: buffer.leases.iter().map(lease).collect(),
+            leases: buffer.leases.iter().filter(|held| wanted(held)).map(lease).collect(),
         }
     }
 
@@ -146,7 +161,7 @@ impl<H: Clone> Registry<H> {
             buffer.grants.retain(|(to, _)| *to != used);
         }
         self.clients.entry(client).or_default().insert(lease, key);
-        let info = self.buffers.get(&key).map(|buffer| self.info_of(key, buffer));
+        let info = self.buffers.get(&key).map(|buffer| self.info_of(key, buffer, |_| false));
         self.tell_host_offer(key, before);
         self.settle(key);
         Ok(Acquired { lease, backing, info: info.ok_or(Status::NoEnt)? })

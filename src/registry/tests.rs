@@ -679,9 +679,12 @@ mod leases {
         w.grant(two);
         w.acquire(ANNE, one);
         w.acquire(ANNE, two);
-        w.acquire(BERT, two);
+        let bert = w.acquire(BERT, two);
+        let seen = |w: &World, client| w.registry.host_view(two.uuid, client).unwrap().leases;
+        assert!(matches!(&seen(&w, BERT)[..], [one] if one.lease == bert));
         w.registry.client_gone(ANNE);
         w.registry.client_gone(ANNE);
+        assert_eq!(seen(&w, ANNE), []);
         assert_eq!(w.look(false), 1);
         assert_eq!((w.use_count(one), w.use_count(two)), (0, 1));
         assert_eq!(w.registry.lease_count(), 1);

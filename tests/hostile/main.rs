@@ -83,8 +83,8 @@ fn assert_flat(daemon: &Daemon, before: &Footprint) {
 fn bystander(daemon: &Daemon, stop: &AtomicBool) {
     let mut guest = Guest::connect(daemon, "b");
     let addr = guest.pages(16);
-    let mut rounds = 0;
-    while !stop.load(Ordering::Relaxed) {
+    // The attack may be over before this one has begun.
+    loop {
         let started = Instant::now();
         let request = Export { segments: vec![(addr, 16 * PAGE)], ..Default::default() };
         let handle = guest.export(request).expect("EXPORT").handle.get();
@@ -96,9 +96,10 @@ fn bystander(daemon: &Daemon, stop: &AtomicBool) {
         guest.release(handle).expect("RELEASE");
         let took = started.elapsed();
         assert!(took < Duration::from_secs(10), "a round of the other VM took {took:?}");
-        rounds += 1;
+        if stop.load(Ordering::Relaxed) {
+            break;
+        }
     }
-    assert!(rounds > 0, "the other VM was never served");
 }
 
 /// Runs an attack on VM "a" beside an ordinary VM "b", twice, and compares the daemon between the two:

@@ -90,6 +90,8 @@ fn without_descriptors_it_waits_and_does_not_spin() {
     use bufshare::host::client::Client;
     use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
     let daemon = Daemon::start(&["a"]);
+    // It has started when it answers.
+    Client::connect(&daemon.host_socket(), "first").expect("a client");
     let pid = Pid::from_raw(i32::try_from(daemon.pid()).expect("a pid"));
     let none = Rlimit { current: Some(3), ..getrlimit(Resource::Nofile) };
     let before = prlimit(pid, Resource::Nofile, none).expect("prlimit");
