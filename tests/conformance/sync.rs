@@ -330,7 +330,7 @@ fn a_small_queue_keeps_room() {
             memory.write(from, &request);
             let parts = [
                 Desc { addr: from, len: 40, flags: NEXT, next: 1 },
-                Desc { addr: to, len: 16, flags: WRITE, next: 0 },
+                Desc { addr: to, len: 16, flags: common::WRITE, next: 0 },
             ];
             memory.write(table, &parts.map(Desc::bytes).concat());
             ring.write_desc(i, Desc { addr: table, len: 32, flags: INDIRECT, next: 0 });
