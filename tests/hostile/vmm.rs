@@ -139,3 +139,72 @@ fn more_memory_than_a_vm_has_is_refused() {
     drop(huge);
     assert_served(&mut daemon);
 }
+
+/// Messages in an order, or with numbers, that no VMM would send. Each may end the connection.
+#[test]
+fn messages_that_make_no_sense() {
+    let mut daemon = two_vms();
+    let file = memfd(0x10_0000, SealFlags::SHRINK);
+    let event = || EventFd::new(EFD_NONBLOCK).expect("eventfd");
+    let half = VhostUserMemoryRegionInfo { mmap_offset: 0x8_0000, ..region(&file, 0, 0x8_0000) };
+    let odd = VhostUserMemoryRegionInfo { mmap_offset: 0x800, ..region(&file, 0, 0x1000) };
+    let table = [region(&file, 0, 0x10_0000)];
+    type Attack<'a> = &'a dyn Fn(&mut Frontend) -> vhost::Result<()>;
+    let attacks: [Attack<'_>; 8] = [
+        // Rings that run without memory.
+        &|front| {
+            (0..3).try_for_each(|i| {
+                front.set_vring_call(i, &event())?;
+                front.set_vring_kick(i, &event())?;
+                front.set_vring_enable(i, true)
+            })
+        },
+        &|front| (0..3).try_for_each(|i| front.get_vring_base(i).map(drop)),
+        &|front| front.set_vring_num(0, 0),
+        &|front| front.set_vring_num(0, 1025),
+        &|front| {
+            front.set_mem_table(&table)?;
+            front.set_vring_num(0, 17)?;
+            start_rings(front, 0);
+            (0..200).try_for_each(|i| front.set_vring_base(i % 3, (i * 331) as u16))
+        },
+        // Two regions in one place, and one that starts in the middle of a page.
+        &|front| front.set_mem_table(&[half, region(&file, 0x1000, 0x1000)]).map(drop),
+        &|front| front.set_mem_table(&[odd]).map(drop),
+        // Other memory under running rings, without them and with them.
+        &|front| {
+            front.set_mem_table(&table)?;
+            start_rings(front, 0x8_0000);
+            for _ in 0..50 {
+                front.set_mem_table(&[region(&file, 0, 0x1000)])?;
+                front.set_mem_table(&[half])?;
+                front.set_mem_table(&table)?;
+            }
+            front.reset_owner()
+        },
+    ];
+    for attack in attacks {
+        let mut front = front(&daemon, "a");
+        // Whether it is refused is the daemon's business.
+        let _ = attack(&mut front);
+    }
+    assert_served(&mut daemon);
+}
+
+#[test]
+fn a_thousand_vmms_leave_nothing() {
+    let mut daemon = two_vms();
+    let file = memfd(0x10_0000, SealFlags::SHRINK);
+    let round = || {
+        let mut front = front(&daemon, "a");
+        front.set_mem_table(&[region(&file, 0, 0x10_0000)]).expect("SET_MEM_TABLE");
+        start_rings(&mut front, 0).expect("rings");
+    };
+    (0..20).for_each(|_| round());
+    let (fds, rss) = (daemon.fds(), daemon.rss_kib());
+    (0..1000).for_each(|_| round());
+    assert!(wait_for(SOON, || daemon.fds() <= fds), "{:?}", daemon.fd_names());
+    assert!(daemon.rss_kib() < rss + 4096, "{rss} KiB, then {}", daemon.rss_kib());
+    assert!(daemon.log().lines().count() < 500, "the log grows with them");
+    assert_served(&mut daemon);
+}
