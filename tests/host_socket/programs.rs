@@ -222,7 +222,11 @@ fn only_root_the_daemons_user_and_the_named_one_are_served() {
         let dir = daemon.dir();
         std::fs::set_permissions(dir, PermissionsExt::from_mode(0o755)).unwrap();
         let program = dir.join("bufsharectl");
-        std::fs::copy(env!("CARGO_BIN_EXE_bufsharectl"), &program).unwrap();
+        // By another process: one that this process had open for writing is busy while any other
+        // thread forks.
+        let mut copy = Command::new("cp");
+        let copied = copy.arg(env!("CARGO_BIN_EXE_bufsharectl")).arg(&program).status();
+        assert!(copied.unwrap().success());
         let mut command = Command::new(program);
         command.arg("--host-socket").arg(daemon.host_socket()).arg("list");
         let output = command.uid(NOBODY).gid(NOBODY).output().unwrap();
