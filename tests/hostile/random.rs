@@ -1,22 +1,42 @@
 //! Random requests in random chains.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
 
 use super::*;
+use bufshare::protocol::RespExport;
+use zerocopy::FromBytes;
+
+/// What the attacker knows: its memory (first address, pages), and handles that it was given.
+struct Known {
+    memory: (u64, u64),
+    handles: VecDeque<u64>,
+    /// UUID of the last export.
+    pool: [u8; 16],
+}
 
 /// One random request: mostly well-formed, with some of it spoilt.
-fn random_request(random: &mut Random, memory: (u64, u64)) -> Vec<u8> {
-    let op = random.pick(Opcode::ALL);
-    let handle = random.below(40);
+fn random_request(random: &mut Random, known: &Known) -> Vec<u8> {
+    let op = if random.one_in(4) { Opcode::Export } else { random.pick(Opcode::ALL) };
+    let memory = known.memory;
+    let mut handle = random.below(40);
+    if !known.handles.is_empty() && !random.one_in(8) {
+        let i = random.below(known.handles.len() as u64);
+        handle = known.handles[usize::try_from(i).expect("small")];
+    }
     let mut request = match op {
         Opcode::Export => {
-            let segments = (0..random.below(6))
-                .map(|_| (memory.0 + random.below(memory.1) * PAGE, (1 + random.below(8)) * PAGE))
+            let part = random.one_in(4);
+            let count = if part { 1 } else { random.below(4) };
+            let base = if part { 0 } else { memory.0 };
+            let segments = (0..count)
+                .map(|_| (base + random.below(memory.1) * PAGE, (1 + random.below(4)) * PAGE))
                 .collect();
             let metadata = random.pick(&[0, 0, 8, 88]);
             Export {
-                flags: if random.one_in(4) { flag::EXPORT_PART } else { 0 },
+                flags: if part { flag::EXPORT_PART } else { 0 },
                 segments,
+                access: random.pick(&[access::READ, READ_WRITE]),
+                object: if part { known.pool } else { [0; 16] },
                 metadata_type: if metadata == 0 { 0 } else { random.pick(&[1, 0x8000_0000]) },
                 metadata: vec![0; metadata],
                 ..Default::default()
@@ -95,14 +115,15 @@ fn random_bytes_and_chains() {
     let mut chains = 0u64;
     attack(256, |_, guest| {
         let end = Instant::now() + Duration::from_secs(seconds) / 2;
-        let memory = (guest.pages(64), 64);
+        let mut known =
+            Known { memory: (guest.pages(64), 64), handles: VecDeque::new(), pool: [0; 16] };
         let scratch = guest.control_ring().buffer(1 << 16);
         while Instant::now() < end {
             // Well-formed chains with more or less spoilt requests.
             for queue in [vq::CONTROL, vq::SYNC] {
                 let ring = &mut guest.rings[usize::from(queue)];
                 for _ in 0..16 {
-                    let request = random_request(&mut random, memory);
+                    let request = random_request(&mut random, &known);
                     let room = random.pick(&[0, 7, 8, 16, 40, 56, 64, 88, 128]);
                     let head = ring.prepare(&[&request], &[room]).expect("free");
                     ring.offer(head);
@@ -113,6 +134,11 @@ fn random_bytes_and_chains() {
                     if answer.len >= 8 {
                         let status = u16::from_le_bytes([answer.bytes[0], answer.bytes[1]]);
                         statuses.insert(Status::from_wire(status).expect("a known status"));
+                        if let Ok(export) = RespExport::read_from_bytes(answer.written()) {
+                            known.handles.push_front(export.handle.get());
+                            known.handles.truncate(64);
+                            known.pool = export.uuid;
+                        }
                     }
                     chains += 1;
                 }
@@ -123,7 +149,7 @@ fn random_bytes_and_chains() {
             while slot < 200 {
                 let at = scratch + random.below(1 << 15);
                 let len = random.pick(&[0, 1, 8, 16, 56, 64, 80, 96, 300]);
-                let request = random_request(&mut random, memory);
+                let request = random_request(&mut random, &known);
                 guest.memory.write(at, &request);
                 let parts = [(at, request.len() as u32), (at, len), (scratch, len)];
                 let ring = &mut guest.rings[usize::from(vq::CONTROL)];
@@ -139,6 +165,7 @@ fn random_bytes_and_chains() {
             while guest.event(Duration::ZERO).is_some() {}
             if random.one_in(50) {
                 guest.reset(random.pick(&[Stop::WithBase, Stop::DisableOnly]));
+                known.handles.clear();
             }
         }
     });
