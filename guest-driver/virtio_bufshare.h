@@ -5,7 +5,9 @@
  * main      probe, sessions, events, power management
  * queue     messages on the virtqueues; knows nothing of what they say
  * request   what is said: one function per request of the wire header
- * loan      exports whose memory the device may still use, and the quarantine
+ * loan      exports whose memory the device may still use
+ * quarantine those that no open file can end
+ * file      what an open file owns and is told
  * memory    the pages behind an export, as the device is to see them
  * buffer    dma-bufs that this module allocates
  * chardev   /dev/bufshareN
@@ -294,6 +296,9 @@ int bufshare_req_peer(struct bufshare *bs, struct bufshare_peer *arg);
 int bufshare_req_sync(struct bufshare *bs, struct bufshare_sync *arg);
 
 /* loan */
+extern spinlock_t bufshare_loan_lock;
+extern struct list_head bufshare_loans;
+struct bufshare_loan *bufshare_loan_lookup(struct bufshare *bs, u32 session, u64 handle);
 struct bufshare_loan *bufshare_loan_new(struct bufshare_file *file);
 void bufshare_loan_put(struct bufshare_loan *loan);
 void bufshare_loan_lend(struct bufshare_loan *loan, struct bufshare_memory *memory);
@@ -303,19 +308,37 @@ void bufshare_loan_end(struct bufshare_loan *loan, const struct bufshare_event *
 int bufshare_loan_release(struct bufshare_loan *loan, u16 flags, u32 *state);
 struct bufshare_loan *bufshare_loan_find(struct bufshare_file *file, u64 handle,
 					 struct dma_buf **dmabuf);
-void bufshare_loans_event(struct bufshare *bs, const struct bufshare_event *event);
 void bufshare_loans_force(struct bufshare *bs);
 void bufshare_loans_revoke(void);
 void bufshare_loans_query(struct bufshare *bs);
+
+/**
+ * bufshare_loan_in_session() - whether the session that a loan belongs to still lasts
+ * @loan: the loan
+ *
+ * Return: true if it does.
+ */
+static inline bool bufshare_loan_in_session(const struct bufshare_loan *loan)
+{
+	return loan->session == READ_ONCE(loan->bs->session);
+}
+
+/* quarantine */
 void bufshare_loans_settle(struct bufshare *bs);
 unsigned int bufshare_loans_quarantined(void);
+void bufshare_quarantine_init(void);
+void bufshare_quarantine_exit(void);
+
+/* file */
+bool bufshare_loan_leave_file(struct bufshare_loan *loan);
+void bufshare_loan_news(struct bufshare_loan *loan, enum bufshare_news kind,
+			const struct bufshare_event *event);
+void bufshare_loans_event(struct bufshare *bs, const struct bufshare_event *event);
 void bufshare_file_add(struct bufshare_file *file);
 void bufshare_file_close(struct bufshare_file *file);
 bool bufshare_file_readable(struct bufshare_file *file);
 bool bufshare_file_next(struct bufshare_file *file, struct bufshare_event *event);
 void bufshare_files_wake(struct bufshare *bs);
-void bufshare_loans_init(void);
-void bufshare_loans_exit(void);
 
 /* memory */
 struct bufshare_memory *bufshare_memory_new(struct device *dev, struct dma_buf *dmabuf);

@@ -455,14 +455,14 @@ static int __init bufshare_init(void)
 	ret = bufshare_chardev_init();
 	if (ret)
 		goto wq;
-	bufshare_loans_init();
+	bufshare_quarantine_init();
 	ret = register_virtio_driver(&bufshare_driver);
 	if (ret)
-		goto loans;
+		goto chardev;
 	return 0;
 
-loans:
-	bufshare_loans_exit();
+chardev:
+	bufshare_quarantine_exit();
 	bufshare_chardev_exit();
 wq:
 	destroy_workqueue(bufshare_wq);
@@ -474,7 +474,7 @@ static void __exit bufshare_exit(void)
 	unregister_virtio_driver(&bufshare_driver);
 	/* Drains what ended the last loans: it runs code of this module. */
 	destroy_workqueue(bufshare_wq);
-	bufshare_loans_exit();
+	bufshare_quarantine_exit();
 	bufshare_chardev_exit();
 }
 
