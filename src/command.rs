@@ -9,12 +9,12 @@ use std::time::Duration;
 use uuid::Uuid;
 use zerocopy::{FromBytes, Immutable, KnownLayout};
 
-use crate::ids::{Access, Cookie, HandleId, PeerId};
+use crate::ids::{Access, Cookie, HandleId, MappingId, PeerId};
 use crate::limits::MAX_RAW_SEGMENTS;
 use crate::protocol::{
     self as wire, NAME_LEN, Opcode, Segment, Status, feature, flag, metadata, vq,
 };
-use crate::registry::{Description, GrantRequest, SyncRequest};
+use crate::registry::{AttachRequest, Description, GrantRequest, MapRequest, SyncRequest};
 
 /// Bytes of a request that are copied at most: the largest EXPORT, with more metadata than any
 /// device accepts, so that too much of it is told from too few bytes.
@@ -31,6 +31,10 @@ pub enum Command<'a> {
     Query { handle: HandleId },
     QueryLinger { index: u64 },
     SetName { handle: HandleId, name: [u8; NAME_LEN] },
+    Attach { request: AttachRequest, max_metadata: u32 },
+    Detach { handle: HandleId },
+    Map { request: MapRequest, segments: &'a [Segment] },
+    Unmap { mapping: MappingId },
     PeerInfo { index: u32 },
     Cancel { handle: HandleId, cookie: Cookie },
     Begin { handle: HandleId, sync: SyncRequest },
@@ -79,7 +83,7 @@ impl<'a> Raw<'a> {
             return Err(Status::Unsupp);
         }
         let flags = hdr.flags.get();
-        if !sync && hdr.cookie.get() != 0 && self.supported(opcode) {
+        if !sync && hdr.cookie.get() != 0 && self.serves(opcode) {
             self.sizes(opcode)?;
             return Err(Status::Inval);
         }
@@ -103,7 +107,17 @@ impl<'a> Raw<'a> {
                 check_name(&req.name)?;
                 Ok(Command::SetName { handle: id(req.handle), name: req.name })
             }
-            Opcode::PeerInfo if self.has(feature::PEERS) => {
+            Opcode::Attach if self.serves(opcode) => self.attach(flags),
+            Opcode::Detach if self.serves(opcode) => {
+                let req: wire::Handle = self.fixed(opcode, flags, 0)?;
+                Ok(Command::Detach { handle: id(req.handle) })
+            }
+            Opcode::Map if self.serves(opcode) => self.map(flags),
+            Opcode::Unmap if self.serves(opcode) => {
+                let req: wire::Unmap = self.fixed(opcode, flags, 0)?;
+                Ok(Command::Unmap { mapping: MappingId(req.mapping.get()) })
+            }
+            Opcode::PeerInfo if self.serves(opcode) => {
                 let req: wire::PeerInfo = self.fixed(opcode, flags, 0)?;
                 reserved(req.reserved.get())?;
                 Ok(Command::PeerInfo { index: req.index.get() })
@@ -118,8 +132,15 @@ impl<'a> Raw<'a> {
         }
     }
 
-    fn supported(&self, opcode: Opcode) -> bool {
-        response_len(opcode).is_some() && (opcode != Opcode::PeerInfo || self.has(feature::PEERS))
+    /// Whether a request is served to a driver that negotiated these features.
+    fn serves(&self, opcode: Opcode) -> bool {
+        response_len(opcode).is_some()
+            && match opcode {
+                Opcode::PeerInfo => self.has(feature::PEERS),
+                Opcode::Attach | Opcode::Detach => self.has(feature::IMPORT),
+                Opcode::Map | Opcode::Unmap => self.has(feature::IMPORT) && self.has(feature::COPY),
+                _ => true,
+            }
     }
 
     /// Judges the lengths of both parts, without the arrays behind the fixed one.
@@ -208,6 +229,51 @@ impl<'a> Raw<'a> {
         }))
     }
 
+    fn attach(&self, flags: u16) -> Result<Command<'a>, Status> {
+        let req: wire::Attach = self.fixed(Opcode::Attach, flags, flag::ATTACH_ZERO_COPY)?;
+        let max_metadata = req.max_metadata.get();
+        let access = Access::from_bits(req.access.get()).filter(|access| !access.is_none());
+        let access = access.ok_or(Status::Inval)?;
+        if self.room < size_of::<wire::RespAttach>() as u64 + u64::from(max_metadata) {
+            return Err(Status::Inval);
+        }
+        let zero_copy = flags & flag::ATTACH_ZERO_COPY != 0;
+        let request = AttachRequest { uuid: Uuid::from_bytes(req.uuid), access, zero_copy };
+        Ok(Command::Attach { request, max_metadata })
+    }
+
+    fn map(&self, flags: u16) -> Result<Command<'a>, Status> {
+        // Without F_COPY it wants a window.
+        if flags & flag::MAP_COPY == 0 {
+            return Err(Status::Unsupp);
+        }
+        let req: wire::Map = self.fixed(Opcode::Map, flags, flag::MAP_COPY)?;
+        let count = req.nr_segments.get();
+        let segments_len = u64::from(count) * size_of::<Segment>() as u64;
+        if size_of::<wire::Map>() as u64 + segments_len > self.readable {
+            return Err(Status::Inval);
+        }
+        let access = Access::from_bits(req.access.get()).filter(|access| !access.is_none());
+        let access = access.ok_or(Status::Inval)?;
+        if count == 0 || req.len.get() == 0 || req.shm_offset.get() != 0 {
+            return Err(Status::Inval);
+        }
+        if count > MAX_RAW_SEGMENTS {
+            return Err(Status::TooMany);
+        }
+        let rest = self.bytes.get(size_of::<wire::Map>()..).ok_or(Status::Inval)?;
+        let count = usize::try_from(count).ok().ok_or(Status::TooMany)?;
+        let (segments, _) =
+            <[Segment]>::ref_from_prefix_with_elems(rest, count).ok().ok_or(Status::Inval)?;
+        let request = MapRequest {
+            handle: id(req.handle),
+            offset: req.offset.get(),
+            len: req.len.get(),
+            access,
+        };
+        Ok(Command::Map { request, segments })
+    }
+
     fn sync(&self, flags: u16) -> Result<Command<'a>, Status> {
         let known = flag::SYNC_END | flag::SYNC_READ | flag::SYNC_WRITE | flag::SYNC_NONBLOCK;
         let req: wire::Sync = self.fixed(Opcode::Sync, flags, known)?;
@@ -240,6 +306,10 @@ fn request_len(opcode: Opcode) -> Option<usize> {
         Opcode::Grant => size_of::<wire::Grant>(),
         Opcode::Release | Opcode::Query | Opcode::QueryLinger => size_of::<wire::Handle>(),
         Opcode::SetName => size_of::<wire::SetName>(),
+        Opcode::Attach => size_of::<wire::Attach>(),
+        Opcode::Detach => size_of::<wire::Handle>(),
+        Opcode::Map => size_of::<wire::Map>(),
+        Opcode::Unmap => size_of::<wire::Unmap>(),
         Opcode::PeerInfo => size_of::<wire::PeerInfo>(),
         Opcode::Cancel => size_of::<wire::Cancel>(),
         Opcode::Sync => size_of::<wire::Sync>(),
@@ -252,6 +322,9 @@ fn response_len(opcode: Opcode) -> Option<usize> {
     Some(match opcode {
         Opcode::Export => size_of::<wire::RespExport>(),
         Opcode::Grant | Opcode::SetName | Opcode::Cancel => size_of::<wire::Resp>(),
+        Opcode::Detach | Opcode::Unmap => size_of::<wire::Resp>(),
+        Opcode::Attach => size_of::<wire::RespAttach>(),
+        Opcode::Map => size_of::<wire::RespMap>(),
         Opcode::Release | Opcode::Query | Opcode::QueryLinger => size_of::<wire::RespState>(),
         Opcode::PeerInfo => size_of::<wire::RespPeerInfo>(),
         Opcode::Sync => size_of::<wire::RespSync>(),

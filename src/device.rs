@@ -35,15 +35,17 @@ use vmm_sys_util::event::{
 };
 use zerocopy::IntoBytes;
 
-use crate::command::Raw;
-use crate::execute::{Context, execute};
+use crate::command::{Command, Raw};
+use crate::config_space;
+use crate::execute::{Context, begun, execute};
 use crate::hub::{Hub, consume};
-use crate::ids::{PeerId, SessionId};
+use crate::ids::{HandleId, PeerId, SessionId};
 use crate::limits;
 use crate::memory::MemoryMap;
 use crate::protocol::{self as wire, Status, feature, vq};
 use crate::queue::{Chain, Memory, Rings, Slot, Vring};
-use crate::reply::{self, Refused, Reply};
+use crate::registry::{SyncRequest, Wants};
+use crate::reply::{self, Refused};
 use crate::throttle::Throttle;
 use crate::throttled;
 
@@ -67,8 +69,16 @@ pub struct Options {
 struct Worker {
     session: SessionId,
     rings: Rings,
-    parked: HashMap<u64, Slot>,
+    parked: HashMap<u64, Parked>,
     next_token: u64,
+}
+
+/// A BEGIN that waits.
+#[derive(Debug)]
+struct Parked {
+    slot: Slot,
+    handle: HandleId,
+    sync: SyncRequest,
 }
 
 /// The device of one connection.
@@ -214,17 +224,23 @@ impl Device {
             token,
             ring_room: u32::from(queue_size.saturating_sub(2)),
         };
-        let outcome = match raw.parse() {
+        let command = raw.parse();
+        let may_wait = match &command {
+            Ok(Command::Begin { handle, sync }) => Some((*handle, *sync)),
+            _ => None,
+        };
+        let outcome = match command {
             Ok(command) => execute(&self.hub, context, command),
             Err(status) => Some(Err(Refused::from(status))),
         };
-        match outcome {
-            Some(outcome) => {
+        match (outcome, may_wait) {
+            (None, Some((handle, sync))) => {
+                worker.parked.insert(token, Parked { slot, handle, sync });
+            }
+            (outcome, _) => {
+                let outcome = outcome.unwrap_or(Err(Status::Io.into()));
                 let bytes = reply::response(&outcome, &self.hub.metrics);
                 worker.rings.give(vrings, queue, slot, bytes);
-            }
-            None => {
-                worker.parked.insert(token, slot);
             }
         }
     }
@@ -234,9 +250,11 @@ impl Device {
         for done in self.hub.take_done(self.peer) {
             let crate::registry::Origin::Vm(_, token) = done.origin else { continue };
             // A token of before a reset is parked no more.
-            let Some(slot) = worker.parked.remove(&token) else { continue };
+            let Some(Parked { slot, handle, sync }) = worker.parked.remove(&token) else {
+                continue;
+            };
             let outcome = match done.status {
-                Status::Ok => Ok(Reply::Synced { generation: done.generation }),
+                Status::Ok => begun(&self.hub, worker.session, handle, &sync, done.generation),
                 status => Err(Refused::from(status)),
             };
             let bytes = reply::response(&outcome, &self.hub.metrics);
@@ -246,9 +264,11 @@ impl Device {
 
     /// Delivers events as long as there are both events and buffers for them.
     fn deliver_events(&self, worker: &mut Worker, vrings: &[Vring]) {
-        let peers = self.features.load(Ordering::Relaxed) >> feature::PEERS & 1 != 0;
+        let features = self.features.load(Ordering::Relaxed);
+        let has = |bit: u32| features >> bit & 1 != 0;
+        let wants = Wants { peers: has(feature::PEERS), import: has(feature::IMPORT) };
         let session = worker.session;
-        while let Some(event) = self.hub.with(|r, _| r.next_event(session, peers)) {
+        while let Some(event) = self.hub.with(|r, _| r.next_event(session, wants)) {
             let Some(chain) = Self::event_buffer(worker, vrings) else { return };
             let fits = chain.sound && chain.slot.room >= u64::from(limits::EVENT_SIZE);
             let bytes = if fits { reply::event(&event).as_bytes().to_vec() } else { Vec::new() };
@@ -271,30 +291,16 @@ impl Device {
     }
 
     fn config(&self) -> wire::Config {
-        let quota = self.hub.read(|r| r.quota(self.peer));
-        let (epoch, lingering) = self.hub.read(|r| (r.epoch(self.peer), r.lingering(self.peer)));
         // A guest that reset its device reads this before its rings run again; what the session that is
-        // still open leaves behind is not known yet.
-        let unknown = {
+        // still open leaves behind is not known yet. Nor is what a driver accepts, before its rings run.
+        let (unknown, running) = {
             let vrings = lock(&self.vrings);
-            !vrings.is_empty() && !Rings::running(&vrings)
+            let running = Rings::running(&vrings);
+            (!vrings.is_empty() && !running, running)
         };
-        wire::Config {
-            peer_id: self.peer.0.into(),
-            epoch: epoch.into(),
-            granule: (limits::GRANULE as u32).into(),
-            max_segments: self.hub.dmabufs.max_segments().into(),
-            max_buffer_size: self.hub.dmabufs.max_size().min(quota.max_total_size).into(),
-            max_total_size: quota.max_total_size.into(),
-            max_exports: quota.max_exports.into(),
-            max_attachments: 0.into(),
-            max_mappings: 0.into(),
-            max_metadata: limits::MAX_METADATA.into(),
-            event_size: limits::EVENT_SIZE.into(),
-            max_wait_ms: u32::try_from(limits::MAX_WAIT.as_millis()).unwrap_or(u32::MAX).into(),
-            lingering: if unknown { u32::MAX } else { lingering }.into(),
-            max_waits: quota.max_waits.into(),
-        }
+        let features =
+            if running { self.features.load(Ordering::Relaxed) } else { self.features() };
+        config_space::of(&self.hub, self.peer, features, unknown)
     }
 }
 
@@ -316,6 +322,8 @@ impl VhostUserBackend for Device {
             VIRTIO_RING_F_EVENT_IDX,
             VIRTIO_RING_F_INDIRECT_DESC,
             VHOST_USER_F_PROTOCOL_FEATURES,
+            feature::IMPORT,
+            feature::COPY,
             feature::PEERS,
         ]
         .iter()

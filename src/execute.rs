@@ -6,14 +6,14 @@
 use uuid::Uuid;
 
 use crate::command::{Command, Export};
-use crate::dmabuf::Wish;
+use crate::dmabuf::{Backing, Wish};
 use crate::hub::Hub;
-use crate::ids::{PeerId, SessionId};
+use crate::ids::{HandleId, PeerId, SessionId};
 use crate::limits::MAX_METADATA;
 use crate::memory::{self, FileSegment, MemoryMap, Refusal};
 use crate::policy::Allowed;
 use crate::protocol::{Mode, Segment, Status};
-use crate::registry::{Begun, Exported, Part};
+use crate::registry::{Begun, Exported, MapRequest, Part, SyncRequest};
 use crate::reply::{Refused, Reply};
 
 /// What the executing VM brings along.
@@ -56,26 +56,69 @@ pub fn execute(hub: &Hub, vm: Context<'_>, command: Command<'_>) -> Option<Resul
         Command::SetName { handle, name } => {
             done(hub.with(|r, _| r.set_name(session, handle, name)))
         }
+        Command::Attach { request, max_metadata } => {
+            let attached = hub.with(|r, now| r.attach(session, request, now));
+            let reply = |attached| Reply::Attached { attached, max_metadata };
+            attached.map(reply).map_err(Refused::from)
+        }
+        Command::Detach { handle } => done(hub.with(|r, _| r.detach(session, handle))),
+        Command::Map { request, segments } => map(hub, vm, request, segments),
+        Command::Unmap { mapping } => done(hub.with(|r, _| r.unmap(session, mapping))),
         Command::PeerInfo { index } => {
             hub.read(|r| r.peer_info(session.peer, index)).map(Reply::Peer).map_err(Refused::from)
         }
         Command::Cancel { handle, cookie } => {
-            done(hub.with(|r, _| r.cancel_exporter(session, handle, cookie)))
+            done(hub.with(|r, _| r.cancel_handle(session, handle, cookie)))
         }
         Command::Begin { handle, sync } => {
             let (token, room) = (vm.token, vm.ring_room);
-            match hub.with(|r, now| r.begin_exporter(session, handle, sync, (token, room), now)) {
-                Ok(Begun::Now(generation)) => Ok(Reply::Synced { generation }),
+            match hub.with(|r, now| r.begin_handle(session, handle, sync, (token, room), now)) {
+                Ok(Begun::Now(generation)) => begun(hub, session, handle, &sync, generation),
                 Ok(Begun::Waits) => return None,
                 Err(status) => Err(status.into()),
             }
         }
         Command::End { handle, sync } => hub
-            .with(|r, _| r.end_exporter(session, handle, sync))
+            .with(|r, _| r.end_handle(session, handle, sync))
             .and_then(|ended| hub.finish_end(ended))
             .map(|generation| Reply::Synced { generation })
             .map_err(Refused::from),
     })
+}
+
+/// The reply to a BEGIN that was granted, after what it copies.
+pub fn begun(
+    hub: &Hub,
+    session: SessionId,
+    handle: HandleId,
+    sync: &SyncRequest,
+    generation: u64,
+) -> Result<Reply, Refused> {
+    if let Some((ticket, copy)) = hub.with(|r, _| r.fill(session, handle, sync))? {
+        hub.carry_out(ticket, copy)?;
+    }
+    Ok(Reply::Synced { generation })
+}
+
+fn map(
+    hub: &Hub,
+    vm: Context<'_>,
+    request: MapRequest,
+    segments: &[Segment],
+) -> Result<Reply, Refused> {
+    let misaligned = match memory::check_shape(segments, request.len) {
+        Ok(()) => false,
+        Err(Refusal::Misaligned(_)) => true,
+        Err(refusal) => return Err(refused(refusal)),
+    };
+    let ticket = hub.with(|r, _| r.begin_map(vm.session, request, misaligned))?;
+    let found = vm.map.translate(segments, hub.dmabufs.max_segments(), vm.unsealed_ram);
+    let (found, refusal) = match found {
+        Ok((pages, _)) => (Ok(Backing::of_pages(pages).into()), None),
+        Err(refusal) => (Err(refusal.status().0), Some(refused(refusal))),
+    };
+    let entered = hub.with(|r, _| r.finish_map(ticket, found));
+    entered.map(Reply::Mapped).map_err(|status| refusal.unwrap_or(status.into()))
 }
 
 fn export(hub: &Hub, vm: Context<'_>, request: Export<'_>) -> Result<Reply, Refused> {
@@ -144,7 +187,7 @@ fn pages(
 }
 
 fn refused(refusal: Refusal) -> Refused {
-    log::debug!("EXPORT refused: {refusal}");
+    log::debug!("memory refused: {refusal}");
     let (status, detail) = refusal.status();
     Refused { status, detail }
 }

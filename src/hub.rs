@@ -21,7 +21,8 @@ use crate::metrics::Metrics;
 use crate::policy::Policy;
 use crate::protocol::Status;
 use crate::registry::{
-    Acquired, Begun, BufferInfo, Done, Ended, Notice, Origin, Outbox, Registry, SyncRequest,
+    Acquired, Audit, Begun, BufferInfo, Copy, CopyTicket, Done, Ended, Move, Notice, Origin,
+    Outbox, Place, Registry, SyncRequest, View,
 };
 use crate::throttle::Throttle;
 use crate::throttled;
@@ -74,7 +75,9 @@ impl HostNews {
 /// What one VM's worker waits for.
 #[derive(Debug)]
 struct Port {
+    name: String,
     wake: File,
+    audit: Throttle,
     done: Mutex<Vec<Done>>,
 }
 
@@ -116,6 +119,14 @@ pub fn consume(wake: &File) {
     let _ = rustix::io::read(wake, &mut count);
 }
 
+fn carry(one: &Move<Memory>) -> io::Result<u64> {
+    let segments = |place: &Place<Memory>| match place.view {
+        View::Pages => place.memory.part(place.offset, one.len),
+        View::Content => place.memory.content(place.offset, one.len),
+    };
+    crate::dmabuf::copy(&segments(&one.from)?, &segments(&one.to)?)
+}
+
 impl Hub {
     /// A hub for these VMs, numbered from 2 in their order.
     pub fn new(vms: &[VmSpec], policy: Policy, dmabufs: DmaBufs) -> io::Result<Hub> {
@@ -127,8 +138,10 @@ impl Hub {
             peers.clone().zip(vms).map(|(peer, vm)| (peer, vm.name.clone(), vm.quota, epoch));
         let registry = Registry::new(policy.clone(), entries);
         let mut ports = BTreeMap::new();
-        for (peer, _) in peers.zip(vms) {
-            ports.insert(peer, Port { wake: crate::ioctl::eventfd()?, done: Mutex::default() });
+        for (peer, vm) in peers.zip(vms) {
+            let (name, wake) = (vm.name.clone(), crate::ioctl::eventfd()?);
+            let port = Port { name, wake, audit: Throttle::new(), done: Mutex::default() };
+            ports.insert(peer, port);
         }
         Ok(Hub {
             registry: Mutex::new(registry),
@@ -216,6 +229,9 @@ impl Hub {
     /// Tells VMs and clients. Returns whether the host socket's thread has something to do.
     fn deliver(&self, outbox: &mut Outbox<Memory>) -> bool {
         let mut wake_host = std::mem::take(&mut outbox.clock);
+        for audit in std::mem::take(&mut outbox.audit) {
+            self.log(audit);
+        }
         for done in std::mem::take(&mut outbox.done) {
             match done.origin {
                 Origin::Vm(peer, _) => {
@@ -241,6 +257,14 @@ impl Hub {
             }
         }
         wake_host
+    }
+
+    /// One line for each decision about rights; a VM that causes many does not hide those of others.
+    fn log(&self, audit: Audit) {
+        let name = |peer| self.ports.get(&peer).map_or("?", |port| port.name.as_str());
+        let (actor, text) = crate::audit::line(audit, name);
+        let throttle = self.ports.get(&actor).map_or(&self.throttle, |port| &port.audit);
+        throttled!(throttle, Info, "audit: {text}");
     }
 
     /// Readable when the VM's worker has an event to deliver or a wait that ended.
@@ -337,11 +361,15 @@ impl Hub {
 
     /// Carries out the copy that an END asks for. IO where it failed.
     pub fn finish_end(&self, ended: Ended<Memory>) -> Result<u64, Status> {
-        let (ticket, copy) = match ended {
-            Ended::Now(generation) => return Ok(generation),
-            Ended::Copy(ticket, copy) => (ticket, copy),
-        };
-        let copied = copy.backing.copy(copy.offset, copy.len, copy.from_exporter);
+        match ended {
+            Ended::Now(generation) => Ok(generation),
+            Ended::Copy(ticket, copy) => self.carry_out(ticket, copy),
+        }
+    }
+
+    /// Carries out a copy and finishes what it belongs to. Returns the generation; IO where it failed.
+    pub fn carry_out(&self, ticket: CopyTicket, copy: Copy<Memory>) -> Result<u64, Status> {
+        let copied: io::Result<u64> = copy.moves.iter().map(carry).sum();
         drop(copy);
         match &copied {
             Ok(bytes) => self.metrics.bytes_copied.add(*bytes),

@@ -35,6 +35,14 @@ id! {
     LeaseId(u64)
 }
 id! {
+    /// A VM's use of another VM's buffer. Never reused, never leaves the daemon.
+    AttachmentId(u64)
+}
+id! {
+    /// An endpoint's own number for a mapping, as on the wire. Never reused within a session.
+    MappingId(u64)
+}
+id! {
     /// A connection to the host socket. Never reused.
     ClientId(u64)
 }

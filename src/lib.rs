@@ -1,6 +1,8 @@
 //! Buffer sharing across virtual machines: the daemon's library.
 pub mod args;
+pub mod audit;
 pub mod command;
+pub mod config_space;
 pub mod device;
 pub mod dmabuf;
 pub mod execute;

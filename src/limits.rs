@@ -33,6 +33,12 @@ pub const DEFAULT_MAX_TOTAL: u64 = 1 << 30;
 pub const OBSERVE_MIN: Duration = Duration::from_millis(1);
 /// See [`OBSERVE_MIN`].
 pub const OBSERVE_MAX: Duration = Duration::from_millis(250);
+/// Attachments of one VM at once, dead ones that it did not DETACH included.
+pub const MAX_ATTACHMENTS: u32 = 1024;
+/// Mappings of one VM onto its own pages at once.
+pub const MAX_COPY_MAPPINGS: u32 = 256;
+/// ATTACHes of one VM in a second that may name nothing it has a right to: guessing is slow.
+pub const MAX_MISSES_PER_SECOND: u32 = 64;
 /// VMs of one daemon.
 pub const MAX_VMS: usize = 256;
 /// Connections to the host socket at once.

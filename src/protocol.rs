@@ -69,6 +69,14 @@ pub mod access {
     pub const WRITE: u32 = 1 << 1;
 }
 
+/// How a driver maps the window.
+pub mod cache {
+    #![allow(missing_docs)]
+    pub const CACHED: u32 = 1;
+    pub const UNCACHED: u32 = 2;
+    pub const WC: u32 = 3;
+}
+
 /// Metadata types.
 pub mod metadata {
     #![allow(missing_docs)]

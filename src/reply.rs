@@ -5,9 +5,9 @@
 use zerocopy::IntoBytes;
 
 use crate::ids::PeerId;
-use crate::protocol::{self as wire, Mode, Opcode, PEER_NAME_LEN, Status, peer};
-use crate::registry::{Event, EventKind, HandleState, PeerView};
-use crate::{ids::HandleId, metrics::Metrics};
+use crate::protocol::{self as wire, Mode, Opcode, PEER_NAME_LEN, Status, cache, peer};
+use crate::registry::{Attached, Event, EventKind, HandleState, PeerView};
+use crate::{ids::HandleId, ids::MappingId, metrics::Metrics};
 use uuid::Uuid;
 
 /// A request that did what it says.
@@ -17,6 +17,8 @@ pub enum Reply {
     Done,
     Exported { handle: HandleId, uuid: Uuid, mode: Mode },
     State(HandleState),
+    Attached { attached: Attached, max_metadata: u32 },
+    Mapped(MappingId),
     Peer(PeerView),
     Synced { generation: u64 },
 }
@@ -64,11 +66,20 @@ pub fn response(outcome: &Result<Reply, Refused>, metrics: &Metrics) -> Vec<u8> 
             hdr,
             state: state.state.to_wire().into(),
             use_count: state.use_count.into(),
-            nr_mappings: 0.into(),
+            nr_mappings: state.nr_mappings.into(),
             access: state.access.bits().into(),
             size: state.size.into(),
             generation: state.generation.into(),
             uuid: *state.uuid.as_bytes(),
+        }
+        .as_bytes()
+        .to_vec(),
+        Ok(Reply::Attached { attached, max_metadata }) => attach(hdr, attached, *max_metadata),
+        Ok(Reply::Mapped(mapping)) => wire::RespMap {
+            hdr,
+            mapping: mapping.0.into(),
+            cache: cache::CACHED.into(),
+            reserved: 0.into(),
         }
         .as_bytes()
         .to_vec(),
@@ -77,6 +88,26 @@ pub fn response(outcome: &Result<Reply, Refused>, metrics: &Metrics) -> Vec<u8> 
             wire::RespSync { hdr, generation: (*generation).into() }.as_bytes().to_vec()
         }
     }
+}
+
+fn attach(hdr: wire::Resp, attached: &Attached, max_metadata: u32) -> Vec<u8> {
+    let fixed = wire::RespAttach {
+        hdr,
+        handle: attached.handle.0.into(),
+        size: attached.size.into(),
+        generation: attached.generation.into(),
+        access: attached.access.bits().into(),
+        exporter: attached.exporter.0.into(),
+        mode: attached.mode.to_wire().into(),
+        metadata_type: attached.metadata_type.into(),
+        metadata_len: u32::try_from(attached.metadata.len()).unwrap_or(u32::MAX).into(),
+        reserved: 0.into(),
+        name: attached.name,
+    };
+    let mut bytes = fixed.as_bytes().to_vec();
+    let room = usize::try_from(max_metadata).unwrap_or(usize::MAX);
+    bytes.extend(attached.metadata.iter().take(room));
+    bytes
 }
 
 fn peer_info(hdr: wire::Resp, view: &PeerView) -> wire::RespPeerInfo {
@@ -100,17 +131,24 @@ pub fn event(event: &Event) -> wire::Event {
         EventKind::Released => Opcode::EvtReleased,
         EventKind::Idle => Opcode::EvtIdle,
         EventKind::Busy => Opcode::EvtBusy,
+        EventKind::Offered => Opcode::EvtOffered,
+        EventKind::Withdrawn => Opcode::EvtWithdrawn,
+        EventKind::Revoked => Opcode::EvtRevoked,
+        EventKind::Changed => Opcode::EvtChanged,
         EventKind::Peer => Opcode::EvtPeer,
         EventKind::Resync => Opcode::EvtResync,
     };
-    let (handle, uuid) = event.export.unzip();
+    let reason = if event.kind == EventKind::Revoked { Status::Revoked } else { Status::Ok };
     wire::Event {
         kind: kind.to_wire().into(),
-        handle: handle.map_or(0, |handle| handle.0).into(),
-        uuid: uuid.map_or([0; 16], Uuid::into_bytes),
+        status: u32::from(reason.to_wire()).into(),
+        handle: event.handle.map_or(0, |handle| handle.0).into(),
+        uuid: event.uuid.map_or([0; 16], Uuid::into_bytes),
         peer_id: event.peer.unwrap_or(PeerId(peer::NONE)).0.into(),
+        access: event.access.bits().into(),
         size: event.size.into(),
         generation: event.generation.into(),
+        metadata_type: event.metadata_type.into(),
         epoch: event.epoch.into(),
         ..Default::default()
     }

@@ -19,7 +19,7 @@ const CHAPTER: &str = include_str!("../spec/virtio-bufshare.md");
 const OF_FEATURES: [(&str, u32); 4] = [
     ("dev-attach-", feature::IMPORT),
     ("dev-detach-", feature::IMPORT),
-    ("dev-map-", feature::WINDOW),
+    ("dev-map-", feature::COPY),
     ("dev-point-", feature::TIMELINE),
 ];
 

@@ -20,36 +20,35 @@ pub fn private(size: u64) -> io::Result<OwnedFd> {
     Ok(fd)
 }
 
-/// Copies between `pages` and the private memfd from its byte `offset` on. Returns the bytes copied.
-pub fn copy(
-    pages: &[FileSegment],
-    private: BorrowedFd<'_>,
-    offset: u64,
-    to_private: bool,
-) -> io::Result<u64> {
-    let longest = pages.iter().map(|segment| segment.len).max().unwrap_or(0);
+/// Copies the bytes of one list of segments to another of the same length. Returns the bytes copied.
+///
+/// An error names the byte behind which a file is shorter than it was.
+pub fn copy(from: &[FileSegment], to: &[FileSegment]) -> io::Result<u64> {
+    let longest = from.iter().map(|segment| segment.len).max().unwrap_or(0);
     let step = usize::try_from(longest).unwrap_or(COPY_STEP).min(COPY_STEP);
     let mut buffer = vec![0u8; step];
-    let mut at = offset;
-    for segment in pages {
-        let mut done = 0;
-        while done < segment.len {
-            let left = usize::try_from(segment.len - done).unwrap_or(COPY_STEP);
-            let part = left.min(buffer.len());
-            let chunk = buffer.get_mut(..part).unwrap_or_default();
-            let there = segment.offset + done;
-            let (from, from_at, to, to_at) = if to_private {
-                (segment.file.as_fd(), there, private, at)
-            } else {
-                (private, at, segment.file.as_fd(), there)
-            };
-            read_exact_at(from, chunk, from_at)?;
-            write_all_at(to, chunk, to_at)?;
-            done += part as u64;
-            at += part as u64;
+    let mut copied = 0;
+    let (mut sources, mut targets) = (from.iter(), to.iter());
+    let (mut source, mut target) = (sources.next(), targets.next());
+    // Bytes of the two that are done.
+    let (mut read, mut written) = (0, 0);
+    while let (Some(one), Some(other)) = (source, target) {
+        let left = (one.len - read).min(other.len - written);
+        let part = usize::try_from(left).unwrap_or(COPY_STEP).min(buffer.len());
+        let chunk = buffer.get_mut(..part).unwrap_or_default();
+        read_exact_at(one.file.as_fd(), chunk, one.offset + read)?;
+        write_all_at(other.file.as_fd(), chunk, other.offset + written)?;
+        read += part as u64;
+        written += part as u64;
+        copied += part as u64;
+        if read == one.len {
+            (source, read) = (sources.next(), 0);
+        }
+        if written == other.len {
+            (target, written) = (targets.next(), 0);
         }
     }
-    Ok(at - offset)
+    Ok(copied)
 }
 
 fn read_exact_at(fd: BorrowedFd<'_>, buffer: &mut [u8], offset: u64) -> io::Result<()> {
@@ -103,18 +102,20 @@ mod tests {
             FileSegment { file: Arc::new(ram.try_clone().unwrap()), offset: 4096, len: 10 },
             FileSegment { file: Arc::new(ram.try_clone().unwrap()), offset: 0, len: 10 },
         ];
-        let memfd = private(4096).unwrap();
-        assert_eq!(copy(&pages, memfd.as_fd(), 100, true).unwrap(), 20);
-        let copy_of = File::from(memfd.try_clone().unwrap());
+        let copy_of = Arc::new(File::from(private(4096).unwrap()));
+        // Their borders lie elsewhere than those of the pages.
+        let parts = [(100, 3), (103, 17)];
+        let there = parts.map(|(offset, len)| FileSegment { file: copy_of.clone(), offset, len });
+        assert_eq!(copy(&pages, &there).unwrap(), 20);
         let mut back = [0; 122];
         copy_of.read_exact_at(&mut back, 0).unwrap();
         assert!(back[100..120].iter().all(|byte| *byte == 7));
         assert!(back[..100].iter().chain(&back[120..]).all(|byte| *byte == 0));
         copy_of.write_all_at(&[9; 20], 100).unwrap();
-        assert_eq!(copy(&pages, memfd.as_fd(), 100, false).unwrap(), 20);
-        let mut there = [0; 11];
-        ram.read_exact_at(&mut there, 4096).unwrap();
-        assert_eq!(there, [9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 7]);
+        assert_eq!(copy(&there, &pages).unwrap(), 20);
+        let mut back = [0; 11];
+        ram.read_exact_at(&mut back, 4096).unwrap();
+        assert_eq!(back, [9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 7]);
     }
 
     #[test]
@@ -123,10 +124,11 @@ mod tests {
         ram.set_len(8192).unwrap();
         let pages =
             [FileSegment { file: Arc::new(ram.try_clone().unwrap()), offset: 0, len: 8192 }];
-        let memfd = private(8192).unwrap();
+        let memfd = Arc::new(File::from(private(8192).unwrap()));
+        let copied = [FileSegment { file: memfd, offset: 0, len: 8192 }];
         ram.set_len(4096).unwrap();
-        for to_private in [true, false] {
-            let error = copy(&pages, memfd.as_fd(), 0, to_private).unwrap_err();
+        for (from, to) in [(&pages, &copied), (&copied, &pages)] {
+            let error = copy(from, to).unwrap_err();
             assert!(error.to_string().contains("truncated"), "{error}");
         }
         assert_eq!(ram.metadata().unwrap().len(), 4096);

@@ -1,4 +1,5 @@
-//! Memory behind an export: a dma-buf of exactly its pages, or a private copy of them.
+//! Memory behind an export: a dma-buf of exactly its pages, or a private copy of them. Behind a
+//! mapping of an importer: its pages alone.
 //!
 //! It knows files and kernel interfaces, not who may use a buffer. It never hands out a guest's RAM.
 //! After a disconnect a backing lives on as long as the registry keeps it.
@@ -6,8 +7,10 @@
 mod copy;
 mod udmabuf;
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 use log::{info, warn};
 
@@ -16,6 +19,7 @@ use crate::memory::{self, FileSegment};
 use crate::protocol::{Mode, Status};
 use crate::throttle::Throttle;
 use crate::throttled;
+pub use copy::copy;
 pub use udmabuf::{Device, Source};
 
 /// What the descriptor of a backing is.
@@ -27,22 +31,27 @@ pub enum FdKind {
     Memfd,
 }
 
-/// The memory of one export.
+/// The memory of one export, or of one mapping.
 #[derive(Debug)]
 pub struct Backing {
-    /// What consumers get.
-    fd: OwnedFd,
+    /// What consumers get; a mapping has none.
+    fd: Option<OwnedFd>,
     kind: FdKind,
-    /// The exporter's pages.
+    /// The VM's pages.
     pages: Box<[FileSegment]>,
     /// The private copy, in COPY mode.
-    private: Option<OwnedFd>,
+    private: Option<Arc<File>>,
 }
 
 impl Backing {
     /// The descriptor for consumers: of exactly these pages or of a private copy.
-    pub fn fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
+    pub fn fd(&self) -> Option<BorrowedFd<'_>> {
+        self.fd.as_ref().map(AsFd::as_fd)
+    }
+
+    /// Pages that nobody else gets.
+    pub fn of_pages(pages: Vec<FileSegment>) -> Backing {
+        Backing { fd: None, kind: FdKind::Memfd, pages: pages.into(), private: None }
     }
 
     /// What [`fd`](Self::fd) is.
@@ -55,24 +64,16 @@ impl Backing {
         if self.private.is_some() { Mode::Copy } else { Mode::ZeroCopy }
     }
 
-    /// The exporter's pages of a part: `len` bytes from byte `offset`.
+    /// The VM's pages: `len` bytes from byte `offset`.
     pub fn part(&self, offset: u64, len: u64) -> io::Result<Vec<FileSegment>> {
         memory::slice(&self.pages, offset, len)
     }
 
-    /// Copies between the exporter's pages and the private copy. Returns the bytes copied.
-    ///
-    /// An error names the file that is shorter than it was.
-    pub fn copy(&self, offset: u64, len: u64, from_exporter: bool) -> io::Result<u64> {
-        let private = self.private.as_ref().ok_or_else(|| {
-            io::Error::new(io::ErrorKind::Unsupported, "a zero-copy buffer has no private copy")
-        })?;
-        copy::copy(
-            &memory::slice(&self.pages, offset, len)?,
-            private.as_fd(),
-            offset,
-            from_exporter,
-        )
+    /// What consumers see: `len` bytes from byte `offset`. An error outside of the buffer.
+    pub fn content(&self, offset: u64, len: u64) -> io::Result<Vec<FileSegment>> {
+        let pages = self.part(offset, len)?;
+        let private = self.private.clone();
+        Ok(private.map_or(pages, |file| vec![FileSegment { file, offset, len }]))
     }
 }
 
@@ -166,7 +167,7 @@ impl DmaBufs {
             let fd = device.create(&pages).map_err(|error| refused(&error))?;
             label(fd.as_fd(), name);
             return Ok((
-                Backing { fd, kind: FdKind::DmaBuf, pages, private: None },
+                Backing { fd: Some(fd), kind: FdKind::DmaBuf, pages, private: None },
                 Mode::ZeroCopy,
             ));
         }
@@ -186,16 +187,17 @@ impl DmaBufs {
                 (fd, FdKind::Memfd)
             }
         };
-        Ok((Backing { fd, kind, pages, private: Some(private) }, Mode::Copy))
+        let private = Some(Arc::new(File::from(private)));
+        Ok((Backing { fd: Some(fd), kind, pages, private }, Mode::Copy))
     }
 
     /// Whether anybody but us holds the dma-buf: descriptors elsewhere or in flight, mappings,
     /// attachments. False for a memfd, where that cannot be seen.
     pub fn held_elsewhere(&self, backing: &Backing) -> io::Result<bool> {
-        if backing.kind == FdKind::Memfd {
+        let Some(fd) = backing.fd.as_ref().filter(|_| backing.kind == FdKind::DmaBuf) else {
             return Ok(false);
-        }
-        let name = backing.fd.as_raw_fd().to_string();
+        };
+        let name = fd.as_raw_fd().to_string();
         let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::CLOEXEC;
         let file = rustix::fs::openat(&self.fdinfo, name, flags, rustix::fs::Mode::empty())?;
         let text = io::read_to_string(std::fs::File::from(file))?;

@@ -160,7 +160,7 @@ impl Conn {
 
     fn flush(&mut self, hub: &Hub) -> Result<(), Gone> {
         while let Some(front) = self.queue.front() {
-            let fd = front.memory.as_ref().map(|(memory, _)| memory.fd());
+            let fd = front.memory.as_ref().and_then(|(memory, _)| memory.fd());
             match packet::send(&self.socket, &front.bytes, fd, Wait::Never) {
                 Ok(()) => {
                     self.queue.pop_front();

@@ -1,11 +1,14 @@
 //! BEGIN, END and CANCEL of any holder of a buffer (spec "Synchronisation"). Pure.
 //!
-//! It does not know how bytes are copied: between `end` and `finish_copy` somebody else copies them.
+//! It does not know what is copied (`transfer`).
 
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use super::{Buffer, Done, Holder, Notice, Origin, Phase, Registry, Waiter};
+use super::{
+    Buffer, Copy, CopyTicket, Done, Holder, Move, Notice, Origin, Phase, Place, Registry, View,
+    Waiter,
+};
 use crate::ids::{Access, BufferKey, ClientId, Cookie, HandleId, LeaseId, SessionId};
 use crate::limits::MAX_WAIT;
 use crate::protocol::{Mode, Status};
@@ -45,33 +48,29 @@ pub enum Ended<H> {
     Copy(CopyTicket, Copy<H>),
 }
 
-/// Bytes to copy between the exporter's pages and the private copy.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Copy<H> {
-    /// Both ends.
-    pub backing: H,
-    /// Bytes from the start of the buffer.
-    pub offset: u64,
-    /// Bytes.
-    pub len: u64,
-    /// From the exporter's pages to the private copy; else back.
-    pub from_exporter: bool,
-}
-
-/// Leave to copy. Give it to [`Registry::finish_copy`], whatever came of it.
-#[must_use = "the pages count as in use until finish_copy"]
-#[derive(Debug)]
-pub struct CopyTicket {
-    key: BufferKey,
-    holder: Holder,
-    writer: Option<ClientId>,
-    bits: Access,
-}
-
 impl<H: Clone> Registry<H> {
-    /// BEGIN of the exporter; `token` is the device's number for the chain. Its waits are bounded by
-    /// its quota and by `ring_room`: BUSY above.
-    pub fn begin_exporter(
+    /// Who a handle is among the holders of a buffer, and what it may do. REVOKED for a dead one.
+    pub(super) fn holder(
+        &self,
+        session: SessionId,
+        handle: HandleId,
+    ) -> Result<(BufferKey, Holder, Access), Status> {
+        let vm = self.vm(session)?;
+        if let Some(key) = vm.handles.get(&handle) {
+            // An exporter reads and writes its own pages at will; `access` bounds its peers.
+            return Ok((*key, Holder::Exporter, Access::ALL));
+        }
+        let held = vm.attachments.get(&handle).ok_or(Status::NoEnt)?;
+        if held.revoked {
+            return Err(Status::Revoked);
+        }
+        Ok((held.key, Holder::Attachment(held.id), held.access))
+    }
+
+    /// BEGIN of an export or attachment; `token` is the device's number for the chain. A VM's waits
+    /// are bounded by its quota and by `ring_room`: BUSY above. What is granted is not complete
+    /// before [`fill`](Self::fill).
+    pub fn begin_handle(
         &mut self,
         session: SessionId,
         handle: HandleId,
@@ -79,12 +78,15 @@ impl<H: Clone> Registry<H> {
         (token, ring_room): (u64, u32),
         now: Duration,
     ) -> Result<Begun, Status> {
-        let key = self.key(session, handle)?;
+        let (key, holder, allowed) = self.holder(session, handle)?;
         let vm = self.vm(session)?;
         let full = vm.waits >= vm.quota.max_waits.min(ring_room);
         let origin = Origin::Vm(session.peer, token);
-        // An exporter reads and writes its own pages at will; `access` bounds its peers.
-        self.begin(key, Holder::Exporter, Access::ALL, request, full, origin, now)
+        let buffer = self.buffers.get(&key).ok_or(Status::NoEnt)?;
+        if holder != Holder::Exporter && request.bits.read && !buffer.has_content() {
+            return Err(Status::Revoked);
+        }
+        self.begin(key, holder, allowed, request, full, origin, now)
     }
 
     /// BEGIN of a lease. `full` says that the client has enough waits: BUSY if this one must wait.
@@ -146,17 +148,6 @@ impl<H: Clone> Registry<H> {
         Ok(Begun::Waits)
     }
 
-    /// END of the exporter.
-    pub fn end_exporter(
-        &mut self,
-        session: SessionId,
-        handle: HandleId,
-        request: SyncRequest,
-    ) -> Result<Ended<H>, Status> {
-        let key = self.key(session, handle)?;
-        self.end(key, Holder::Exporter, Access::ALL, request, None)
-    }
-
     /// END of a lease.
     pub fn end_access(
         &mut self,
@@ -169,7 +160,7 @@ impl<H: Clone> Registry<H> {
         self.end(key, Holder::Lease(lease), allowed, request, Some(client))
     }
 
-    fn end(
+    pub(super) fn end(
         &mut self,
         key: BufferKey,
         holder: Holder,
@@ -185,45 +176,29 @@ impl<H: Clone> Registry<H> {
             if !from_exporter && buffer.phase != Phase::Live {
                 return Err(Status::Revoked);
             }
-            let backing = buffer.backing.clone().ok_or(Status::Revoked)?;
-            buffer.copies += 1;
-            let ticket = CopyTicket { key, holder, writer, bits: request.bits };
-            return Ok(Ended::Copy(
-                ticket,
-                Copy { backing, offset: request.offset, len, from_exporter },
-            ));
+            let memory = buffer.backing.clone().ok_or(Status::Revoked)?;
+            let place = |view| Place { memory: memory.clone(), view, offset: request.offset };
+            let (mut from, mut to) = (place(View::Pages), place(View::Content));
+            if !from_exporter {
+                std::mem::swap(&mut from, &mut to);
+            }
+            let copy = Copy { moves: vec![Move { from, to, len }] };
+            return Ok(self.start_copy(key, holder, writer, request.bits, copy));
         }
         Ok(Ended::Now(self.complete(key, holder, writer, request.bits)))
     }
 
-    /// Completes an END after its copy; where the copy failed the bits are cleared and the
-    /// generation stays. Returns the generation.
-    pub fn finish_copy(&mut self, ticket: CopyTicket, copied: bool) -> u64 {
-        let CopyTicket { key, holder, writer, bits } = ticket;
-        let generation = if copied {
-            self.complete(key, holder, writer, bits)
-        } else {
-            self.clear(key, |who| who == holder, bits);
-            self.buffers.get(&key).map_or(0, |buffer| buffer.generation)
-        };
-        if let Some(buffer) = self.buffers.get_mut(&key) {
-            buffer.copies = buffer.copies.saturating_sub(1);
-        }
-        self.settle(key);
-        generation
-    }
-
-    fn complete(
+    pub(super) fn complete(
         &mut self,
         key: BufferKey,
         holder: Holder,
         writer: Option<ClientId>,
         bits: Access,
     ) -> u64 {
-        let Some(buffer) = self.buffers.get_mut(&key) else { return 0 };
         if bits.write {
-            buffer.generation += 1;
+            self.advance(key, holder);
         }
+        let Some(buffer) = self.buffers.get(&key) else { return 0 };
         let (uuid, generation) = (buffer.uuid, buffer.generation);
         if bits.write && self.host_sees(key) {
             self.outbox.notices.push(Notice::Changed { uuid, generation, writer });
@@ -232,17 +207,38 @@ impl<H: Clone> Registry<H> {
         generation
     }
 
-    /// CANCEL of the exporter: its waits on this handle, or the one that `cookie` names.
+    /// New content: every holder is told but the writer, who knows it from its answer.
+    fn advance(&mut self, key: BufferKey, writer: Holder) {
+        let Some(buffer) = self.buffers.get_mut(&key) else { return };
+        let before = buffer.generation;
+        buffer.generation += 1;
+        if writer == Holder::Exporter && buffer.told_generation == before {
+            buffer.told_generation = buffer.generation;
+        }
+        for held in buffer.attachments.clone() {
+            let vm = self.vms.get_mut(&held.importer);
+            if writer == Holder::Attachment(held.id)
+                && let Some(own) = vm.and_then(|vm| vm.attachments.get_mut(&held.handle))
+                && own.told_generation == before
+            {
+                own.told_generation = before + 1;
+            }
+            self.queue_attachment(held.importer, held.handle);
+        }
+        self.queue_export(key);
+    }
+
+    /// CANCEL of an export or attachment: its waits on this handle, or the one that `cookie` names.
     /// NOENT where nothing waits.
-    pub fn cancel_exporter(
+    pub fn cancel_handle(
         &mut self,
         session: SessionId,
         handle: HandleId,
         cookie: Cookie,
     ) -> Result<(), Status> {
-        let key = self.key(session, handle)?;
+        let (key, holder, _) = self.holder(session, handle)?;
         let named = |waiter: &Waiter| {
-            let mine = waiter.holder == Holder::Exporter;
+            let mine = waiter.holder == holder;
             (mine && (cookie == Cookie(0) || waiter.cookie == cookie)).then_some(Status::Canceled)
         };
         if self.end_waits(key, named) { Ok(()) } else { Err(Status::NoEnt) }
@@ -289,7 +285,7 @@ impl<H: Clone> Registry<H> {
         self.clear(key, gone, Access::ALL);
     }
 
-    fn clear(&mut self, key: BufferKey, holders: impl Fn(Holder) -> bool, bits: Access) {
+    pub(super) fn clear(&mut self, key: BufferKey, holders: impl Fn(Holder) -> bool, bits: Access) {
         let Some(buffer) = self.buffers.get_mut(&key) else { return };
         let Some(sync) = &mut buffer.sync else { return };
         let served = sync.end(holders, bits);
@@ -314,7 +310,11 @@ impl<H: Clone> Registry<H> {
 }
 
 /// Judges a BEGIN or END; returns the bytes that it covers.
-fn check<H>(buffer: &Buffer<H>, allowed: Access, request: &SyncRequest) -> Result<u64, Status> {
+pub(super) fn check<H>(
+    buffer: &Buffer<H>,
+    allowed: Access,
+    request: &SyncRequest,
+) -> Result<u64, Status> {
     if request.bits.is_none() {
         return Err(Status::Inval);
     }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use uuid::Uuid;
 
 use super::sync::SyncState;
-use crate::ids::{Access, BufferKey, ClientId, HandleId, LeaseId, PeerId, SessionId};
+use crate::ids::{Access, AttachmentId, BufferKey, ClientId, HandleId, LeaseId, PeerId, SessionId};
 use crate::protocol::{Mode, NAME_LEN};
 
 /// What a buffer is for, as its exporter said.
@@ -51,6 +51,14 @@ pub struct Lease {
     pub since: Duration,
 }
 
+/// A living attachment, as its buffer knows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Use {
+    pub(super) id: AttachmentId,
+    pub(super) importer: PeerId,
+    pub(super) handle: HandleId,
+}
+
 /// Where in its life a buffer is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Phase {
@@ -60,7 +68,7 @@ pub enum Phase {
     Releasing,
     /// Pages are back; the RELEASED event is not delivered yet.
     Told,
-    /// The exporter has its pages back (COPY); host clients still hold the private copy.
+    /// The exporter has its pages back (COPY); others still hold the private copy.
     Orphan,
     /// The session ended; somebody on the host still holds the exporter's pages.
     Lingering,
@@ -96,6 +104,9 @@ pub struct Buffer<H> {
     pub(super) pool: Option<BufferKey>,
     pub(super) parts: u32,
     pub(super) grants: Vec<(PeerId, Grant)>,
+    /// A VM was granted something at some time.
+    pub(super) vm_granted: bool,
+    pub(super) attachments: Vec<Use>,
     pub(super) leases: Vec<Lease>,
     /// The last of all its leases so far.
     pub(super) last_lease: Option<LeaseId>,
@@ -104,8 +115,10 @@ pub struct Buffer<H> {
     pub(super) foreign: Foreign,
     /// References to the memory can be counted (it is a dma-buf).
     pub(super) observable: bool,
-    /// Copies between the exporter's pages and the private copy that run right now.
+    /// Copies from and to the content that run right now.
     pub(super) copies: u32,
+    /// What the exporter knows of the content.
+    pub(super) told_generation: u64,
     /// The exporter was last told BUSY.
     pub(super) told_busy: bool,
     /// In the exporter's queue of events.
@@ -124,20 +137,20 @@ impl<H> Buffer<H> {
             Foreign::Held { .. } => true,
         };
         let unexplained = foreign || self.parts > 0;
-        u32::try_from(self.leases.len()).unwrap_or(u32::MAX).saturating_add(unexplained.into())
+        let known = self.leases.len() + self.attachments.len();
+        u32::try_from(known).unwrap_or(u32::MAX).saturating_add(unexplained.into())
     }
 
-    /// Whether the exporter's own pages are in use: consumers of a private copy do not count.
+    /// Whether the exporter's own pages are in use: who has only a copy of them does not count.
     pub(super) fn pages_in_use(&self) -> bool {
-        match self.mode {
-            Mode::ZeroCopy => self.use_count() > 0,
-            Mode::Copy => self.copies > 0 || self.parts > 0,
-        }
+        let shared = !self.leases.is_empty() || self.may_be_foreign();
+        self.copies > 0 || self.parts > 0 || (self.mode == Mode::ZeroCopy && shared)
     }
 
     /// Whether the memory behind it must stay.
     pub(super) fn memory_in_use(&self) -> bool {
-        !self.leases.is_empty() || self.copies > 0 || self.may_be_foreign()
+        let attached = self.mode == Mode::Copy && !self.attachments.is_empty();
+        attached || !self.leases.is_empty() || self.copies > 0 || self.may_be_foreign()
     }
 
     /// Whether a foreign descriptor may exist, looked at or not.
@@ -154,6 +167,23 @@ impl<H> Buffer<H> {
     pub(super) fn grant(&self, peer: PeerId) -> Option<&Grant> {
         let find = |who| self.grants.iter().find(|(to, _)| *to == who).map(|(_, grant)| grant);
         find(peer).or_else(|| find(PeerId::ANY))
+    }
+
+    /// Consumes the grant that `peer` just used, if it was for one use.
+    pub(super) fn use_up_grant(&mut self, peer: PeerId) {
+        let own = self.grants.iter().any(|(to, _)| *to == peer);
+        let used = if own { peer } else { PeerId::ANY };
+        self.grants.retain(|(to, grant)| *to != used || !grant.once);
+    }
+
+    /// Whether there is something for an attachment to copy from.
+    pub(super) fn has_content(&self) -> bool {
+        self.phase == Phase::Live || (self.mode == Mode::Copy && self.backing.is_some())
+    }
+
+    /// Whether a VM has a living attachment.
+    pub(super) fn attached(&self, peer: PeerId) -> bool {
+        self.attachments.iter().any(|held| held.importer == peer)
     }
 
     pub(super) fn lease(&self, id: LeaseId) -> Option<&Lease> {
@@ -175,12 +205,21 @@ impl<H> Buffer<H> {
         waits.chain(grants).chain(look).min()
     }
 
-    /// Whether an event waits to be told to the exporter.
-    pub(super) fn has_event(&self) -> bool {
+    /// Whether an event waits to be told to the exporter; `import`: it wants to hear of new content.
+    pub(super) fn has_event(&self, import: bool) -> bool {
         match self.phase {
-            Phase::Live => self.told_busy != (self.use_count() > 0),
+            Phase::Live => self.busy_changed() || (import && self.changed()),
+            Phase::Releasing => import && self.changed(),
             Phase::Told => true,
-            Phase::Releasing | Phase::Orphan | Phase::Lingering => false,
+            Phase::Orphan | Phase::Lingering => false,
         }
+    }
+
+    pub(super) fn busy_changed(&self) -> bool {
+        self.told_busy != (self.use_count() > 0)
+    }
+
+    fn changed(&self) -> bool {
+        self.told_generation != self.generation
     }
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use uuid::Uuid;
 
-use super::{Buffer, Description, Foreign, Grant, Holder, Notice, Phase, Registry};
+use super::{Audit, Buffer, Description, Foreign, Grant, Holder, Notice, Phase, Registry};
 use crate::ids::{Access, BufferKey, HandleId, PeerId, SessionId};
 use crate::limits::GRANULE;
 use crate::policy::Allowed;
@@ -69,6 +69,7 @@ pub struct GrantRequest {
 pub struct HandleState {
     pub state: State,
     pub use_count: u32,
+    pub nr_mappings: u32,
     pub access: Access,
     pub size: u64,
     pub generation: u64,
@@ -150,8 +151,7 @@ impl<H: Clone> Registry<H> {
             }
         };
         let vm = self.vm_mut(session)?;
-        let handle = HandleId(vm.next_handle);
-        vm.next_handle += 1;
+        let handle = vm.new_handle();
         self.last_key += 1;
         let key = BufferKey(self.last_key);
         self.vm_mut(session)?.handles.insert(handle, key);
@@ -167,6 +167,8 @@ impl<H: Clone> Registry<H> {
             pool,
             parts: 0,
             grants: Vec::new(),
+            vm_granted: false,
+            attachments: Vec::new(),
             leases: Vec::new(),
             last_lease: None,
             phase: Phase::Live,
@@ -174,6 +176,7 @@ impl<H: Clone> Registry<H> {
             foreign: Foreign::None,
             observable: made.observable,
             copies: 0,
+            told_generation: 0,
             told_busy: false,
             queued: false,
             sync: None,
@@ -225,14 +228,21 @@ impl<H: Clone> Registry<H> {
                 (!request.lifetime.is_zero()).then(|| now.saturating_add(request.lifetime));
             let grant = Grant { access: request.access, once: request.once, expires };
             buffer.grants.push((request.to, grant));
+            buffer.vm_granted |= request.to != PeerId::HOST;
         }
         // ANY stands for those that have no grant of their own.
-        let host = request.to == PeerId::HOST
-            || (any && buffer.grants.iter().all(|(to, _)| *to != PeerId::HOST));
+        let own: Vec<PeerId> = buffer.grants.iter().map(|(to, _)| *to).collect();
+        let meant = |peer| request.to == peer || (any && !own.contains(&peer));
+        let (exporter, to, access) = (session.peer, request.to, request.access);
+        self.outbox.audit.push(Audit::Granted { exporter, to, uuid: buffer.uuid, access });
         self.tell_host_offer(key, before);
-        if request.force && request.access.is_none() && host {
-            self.revoke_leases(key);
+        if request.force && request.access.is_none() {
+            if meant(PeerId::HOST) {
+                self.revoke_leases(key);
+            }
+            self.revoke_attachments(key, meant);
         }
+        self.refresh_offers(key);
         self.settle(key);
         Ok(())
     }
@@ -257,13 +267,14 @@ impl<H: Clone> Registry<H> {
         self.withdraw_all(key);
         self.end_waits(key, |waiter| match waiter.holder {
             Holder::Exporter => Some(Status::Canceled),
-            Holder::Lease(_) => force.then_some(Status::Revoked),
+            Holder::Lease(_) | Holder::Attachment(_) => force.then_some(Status::Revoked),
         });
         if force {
             self.revoke_leases(key);
+            self.revoke_attachments(key, |_| true);
         }
+        let mut answer = self.state_of(key).ok_or(Status::NoEnt)?;
         let buffer = self.buffers.get_mut(&key).ok_or(Status::NoEnt)?;
-        let mut answer = Self::state_of(buffer);
         let mut pool = None;
         if !told && !buffer.leases.is_empty() {
             // Its grant was used up before; those who hold it should finish all the same.
@@ -278,6 +289,7 @@ impl<H: Clone> Registry<H> {
             answer.use_count = 0;
             pool = self.close_handle(key);
         }
+        self.refresh_offers(key);
         self.settle(key);
         if let Some(pool) = pool {
             self.settle(pool);
@@ -285,10 +297,12 @@ impl<H: Clone> Registry<H> {
         Ok(answer)
     }
 
-    /// QUERY of an export.
+    /// QUERY of an export or attachment.
     pub fn query(&self, session: SessionId, handle: HandleId) -> Result<HandleState, Status> {
-        let key = self.key(session, handle)?;
-        self.buffers.get(&key).map(Self::state_of).ok_or(Status::NoEnt)
+        match self.key(session, handle) {
+            Ok(key) => self.state_of(key).ok_or(Status::NoEnt),
+            Err(_) => self.query_attachment(session, handle),
+        }
     }
 
     /// QUERY_LINGER: an export of an earlier session that is still in use. NOENT past the last one.
@@ -302,7 +316,7 @@ impl<H: Clone> Registry<H> {
         let mut found: Vec<_> = self.buffers.iter().filter(lingers).collect();
         found.sort_unstable_by_key(|(key, _)| **key);
         let at = usize::try_from(index).ok().and_then(|index| found.get(index));
-        at.map(|(_, buffer)| Self::state_of(buffer)).ok_or(Status::NoEnt)
+        at.and_then(|(key, _)| self.state_of(**key)).ok_or(Status::NoEnt)
     }
 
     /// SET_NAME.
@@ -322,22 +336,27 @@ impl<H: Clone> Registry<H> {
         Ok(())
     }
 
-    fn state_of(buffer: &Buffer<H>) -> HandleState {
+    fn state_of(&self, key: BufferKey) -> Option<HandleState> {
+        let buffer = self.buffers.get(&key)?;
         let use_count = buffer.use_count();
+        let mappings = buffer.attachments.iter().filter_map(|held| {
+            Some(self.vms.get(&held.importer)?.attachments.get(&held.handle)?.mappings.len())
+        });
         let state = match buffer.phase {
             Phase::Live if use_count == 0 => State::Exported,
             Phase::Live => State::InUse,
             Phase::Releasing | Phase::Lingering => State::Releasing,
             Phase::Told | Phase::Orphan => State::Released,
         };
-        HandleState {
+        Some(HandleState {
             state,
             use_count,
+            nr_mappings: u32::try_from(mappings.sum::<usize>()).unwrap_or(u32::MAX),
             access: buffer.what.access,
             size: buffer.what.size,
             generation: buffer.generation,
             uuid: buffer.uuid,
-        }
+        })
     }
 
     /// Voids every grant.
@@ -356,20 +375,12 @@ impl<H: Clone> Registry<H> {
             buffer.grants.retain(|(_, grant)| grant.expires.is_none_or(|when| when > now));
         }
         self.tell_host_offer(key, before);
+        self.refresh_offers(key);
     }
 
     /// What the host may acquire the buffer for: the exporter's grant AND the operator's policy.
     pub(super) fn host_access(&self, key: BufferKey) -> Access {
-        let Some(buffer) = self.buffers.get(&key).filter(|buffer| buffer.phase == Phase::Live)
-        else {
-            return Access::NONE;
-        };
-        let granted = buffer.grant(PeerId::HOST).map_or(Access::NONE, |grant| grant.access);
-        match self.policy.allows(buffer.owner, PeerId::HOST) {
-            Allowed::No => Access::NONE,
-            Allowed::ReadOnly => granted.intersect(Access::READ),
-            Allowed::Yes => granted,
-        }
+        self.peer_access(key, PeerId::HOST)
     }
 
     /// Tells host clients that an offer came, changed or went.

@@ -154,15 +154,11 @@ impl<H: Clone> Registry<H> {
         if buffer.observable {
             buffer.foreign = Foreign::Possible;
         }
-        let once = buffer.grant(PeerId::HOST).is_some_and(|grant| grant.once);
-        if once {
-            let specific = buffer.grants.iter().any(|(to, _)| *to == PeerId::HOST);
-            let used = if specific { PeerId::HOST } else { PeerId::ANY };
-            buffer.grants.retain(|(to, _)| *to != used);
-        }
+        buffer.use_up_grant(PeerId::HOST);
         self.clients.entry(client).or_default().insert(lease, key);
         let info = self.buffers.get(&key).map(|buffer| self.info_of(key, buffer, |_| false));
         self.tell_host_offer(key, before);
+        self.refresh_offers(key);
         self.settle(key);
         Ok(Acquired { lease, backing, info: info.ok_or(Status::NoEnt)? })
     }
@@ -214,7 +210,7 @@ impl<H: Clone> Registry<H> {
 
     /// Kills every lease: its client is told, and only handing it back is left.
     pub(super) fn revoke_leases(&mut self, key: BufferKey) {
-        let leased = |holder| holder != Holder::Exporter;
+        let leased = |holder| matches!(holder, Holder::Lease(_));
         self.end_waits(key, |waiter| leased(waiter.holder).then_some(Status::Revoked));
         self.clear_bits(key, leased);
         let Some(buffer) = self.buffers.get_mut(&key) else { return };

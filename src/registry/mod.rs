@@ -15,97 +15,36 @@ mod access;
 mod buffer;
 mod exporter;
 mod host;
+mod importer;
 #[cfg(test)]
 mod model;
+mod offer;
+mod outbox;
 mod session;
 mod sync;
 #[cfg(test)]
 mod tests;
+mod transfer;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::time::Duration;
 
 use uuid::Uuid;
 
-pub use access::{Begun, Copy, CopyTicket, Ended, SyncRequest};
+pub use access::{Begun, Ended, SyncRequest};
 pub use buffer::{Buffer, Description, Foreign, Grant, Lease, Phase};
 pub use exporter::{Exported, GrantRequest, HandleState, Part, Ticket};
 pub use host::{Acquired, BufferInfo, LeaseInfo};
-pub use session::{Event, EventKind, PeerView};
+pub use importer::{AttachRequest, Attached, Attachment, MapRequest, MapTicket, Mapping};
+pub use outbox::{Audit, Done, Notice, Outbox};
+pub use session::{Event, EventKind, PeerView, Wants};
 pub use sync::{Holder, Origin, Waiter};
+pub use transfer::{Copy, CopyTicket, Move, Place, View};
 
-use crate::ids::{BufferKey, ClientId, HandleId, LeaseId, PeerId, SessionId};
+use crate::ids::{BufferKey, ClientId, HandleId, LeaseId, MappingId, PeerId, SessionId};
 use crate::limits::Quota;
 use crate::policy::Policy;
 use crate::protocol::Status;
-
-/// What the rest of the daemon has to do after an operation, with the lock released.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Outbox<H> {
-    /// VMs with an event to deliver.
-    pub wake: BTreeSet<PeerId>,
-    /// Waits that ended.
-    pub done: Vec<Done>,
-    /// News for host clients.
-    pub notices: Vec<Notice>,
-    /// Memory that is no longer needed.
-    pub drop: Vec<H>,
-    /// Buffers whose foreign references must be counted now.
-    pub observe: BTreeSet<BufferKey>,
-    /// A deadline may have come nearer.
-    pub clock: bool,
-}
-
-impl<H> Default for Outbox<H> {
-    fn default() -> Self {
-        Outbox {
-            wake: BTreeSet::new(),
-            done: Vec::new(),
-            notices: Vec::new(),
-            drop: Vec::new(),
-            observe: BTreeSet::new(),
-            clock: false,
-        }
-    }
-}
-
-/// A wait that ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Done {
-    /// Whom to tell.
-    pub origin: Origin,
-    /// How it ended.
-    pub status: Status,
-    /// Generation of the content.
-    pub generation: u64,
-}
-
-/// News about a buffer that the host may use, or could.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Notice {
-    /// The host may acquire it.
-    Offered(Uuid),
-    /// The host may no longer acquire it.
-    Withdrawn(Uuid),
-    /// Its content was declared complete again, by this client or by the exporter.
-    Changed {
-        /// Which.
-        uuid: Uuid,
-        /// How often so far.
-        generation: u64,
-        /// Who need not be told.
-        writer: Option<ClientId>,
-    },
-    /// A lease is dead; what is left is to hand it back.
-    Revoked {
-        /// Whose.
-        client: ClientId,
-        /// Which.
-        lease: LeaseId,
-        /// Of what.
-        uuid: Uuid,
-    },
-}
 
 /// A look at who holds the memory of a buffer, from [`Registry::look`] to [`Registry::observed`].
 #[must_use = "nothing is known before Registry::observed"]
@@ -115,33 +54,65 @@ pub struct Look {
     last_lease: Option<LeaseId>,
 }
 
+/// What an event is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Topic {
+    /// The VM's own export.
+    Export(BufferKey),
+    /// What the VM may attach.
+    Offer(BufferKey),
+    /// The VM's attachment.
+    Attachment(HandleId),
+}
+
 /// A configured VM.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Vm {
+struct Vm<H> {
     name: String,
     quota: Quota,
     epoch: u32,
     session: Option<SessionId>,
     next_handle: u64,
+    /// Its exports.
     handles: HashMap<HandleId, BufferKey>,
+    attachments: HashMap<HandleId, Attachment<H>>,
+    next_mapping: u64,
+    mappings: HashMap<MappingId, HandleId>,
+    /// Mappings, those that are being made included.
+    mapped: u32,
+    /// ATTACHes that named nothing the VM has a right to, and since when they are counted.
+    misses: u32,
+    misses_since: Duration,
+    /// Its driver wants to hear what importers hear.
+    import: bool,
+    /// What it may attach, or was told that it may.
+    offers: BTreeMap<BufferKey, offer::Offer>,
     /// Charged to the quota.
     exports: u32,
     bytes: u64,
     lingering: u32,
     waits: u32,
-    /// Buffers with an event, oldest first.
-    events: VecDeque<BufferKey>,
+    /// What has an event, oldest first.
+    events: VecDeque<Topic>,
     resync: bool,
     peers_changed: BTreeSet<PeerId>,
     /// How often one of these two was set: what is set while it is being told is told again.
     news: u64,
 }
 
+impl<H> Vm<H> {
+    fn new_handle(&mut self) -> HandleId {
+        let handle = HandleId(self.next_handle);
+        self.next_handle += 1;
+        handle
+    }
+}
+
 /// The registry of one daemon.
 #[derive(Debug, Clone)]
 pub struct Registry<H> {
     policy: Policy,
-    vms: BTreeMap<PeerId, Vm>,
+    vms: BTreeMap<PeerId, Vm<H>>,
     buffers: HashMap<BufferKey, Buffer<H>>,
     by_uuid: BTreeMap<Uuid, BufferKey>,
     clients: HashMap<ClientId, BTreeMap<LeaseId, BufferKey>>,
@@ -150,6 +121,7 @@ pub struct Registry<H> {
     last_key: u64,
     last_lease: u64,
     last_session: u64,
+    last_attachment: u64,
     outbox: Outbox<H>,
 }
 
@@ -169,6 +141,14 @@ impl<H: Clone> Registry<H> {
                     session: None,
                     next_handle: 1,
                     handles: HashMap::new(),
+                    attachments: HashMap::new(),
+                    next_mapping: 1,
+                    mappings: HashMap::new(),
+                    mapped: 0,
+                    misses: 0,
+                    misses_since: Duration::ZERO,
+                    import: false,
+                    offers: BTreeMap::new(),
                     exports: 0,
                     bytes: 0,
                     lingering: 0,
@@ -191,6 +171,7 @@ impl<H: Clone> Registry<H> {
             last_key: 0,
             last_lease: 0,
             last_session: 0,
+            last_attachment: 0,
             outbox: Outbox::default(),
         }
     }
@@ -275,11 +256,11 @@ impl<H: Clone> Registry<H> {
         self.settle(key);
     }
 
-    fn vm(&self, session: SessionId) -> Result<&Vm, Status> {
+    fn vm(&self, session: SessionId) -> Result<&Vm<H>, Status> {
         self.vms.get(&session.peer).filter(|vm| vm.session == Some(session)).ok_or(Status::Revoked)
     }
 
-    fn vm_mut(&mut self, session: SessionId) -> Result<&mut Vm, Status> {
+    fn vm_mut(&mut self, session: SessionId) -> Result<&mut Vm<H>, Status> {
         self.vms
             .get_mut(&session.peer)
             .filter(|vm| vm.session == Some(session))
@@ -321,21 +302,28 @@ impl<H: Clone> Registry<H> {
         let keep = matches!(buffer.phase, Phase::Live | Phase::Releasing) || buffer.memory_in_use();
         if !keep && let Some(backing) = buffer.backing.take() {
             self.outbox.drop.push(backing);
+            // There is nothing left to copy from.
+            self.revoke_attachments(key, |_| true);
         }
-        let owner = buffer.owner;
+        let buffer = self.buffers.get_mut(&key)?;
         if buffer.phase == Phase::Orphan && buffer.backing.is_none() {
             self.remove(key);
             return pool;
         }
-        if buffer.has_event() && !buffer.queued {
-            buffer.queued = true;
-            if let Some(vm) = self.vms.get_mut(&owner) {
-                vm.events.push_back(key);
-                self.outbox.wake.insert(owner);
-            }
-        }
+        self.queue_export(key);
         self.reschedule(key);
         pool
+    }
+
+    /// Queues what is to be told to the exporter.
+    fn queue_export(&mut self, key: BufferKey) {
+        let Some(buffer) = self.buffers.get_mut(&key) else { return };
+        let Some(vm) = self.vms.get_mut(&buffer.owner) else { return };
+        if buffer.has_event(vm.import) && !buffer.queued {
+            buffer.queued = true;
+            vm.events.push_back(Topic::Export(key));
+            self.outbox.wake.insert(buffer.owner);
+        }
     }
 
     /// The exporter has its pages back: the handle dies, it holds nothing any more, and its pool,
@@ -370,6 +358,7 @@ impl<H: Clone> Registry<H> {
 
     /// Forgets a buffer and gives its quota back.
     fn remove(&mut self, key: BufferKey) {
+        self.revoke_attachments(key, |_| true);
         let Some(buffer) = self.buffers.remove(&key) else { return };
         self.by_uuid.remove(&buffer.uuid);
         if let Some(due) = buffer.due {
@@ -379,9 +368,12 @@ impl<H: Clone> Registry<H> {
             vm.exports = vm.exports.saturating_sub(1);
             vm.bytes = vm.bytes.saturating_sub(buffer.what.size);
             if buffer.queued {
-                vm.events.retain(|queued| *queued != key);
+                vm.events.retain(|queued| *queued != Topic::Export(key));
             }
         }
         self.outbox.drop.extend(buffer.backing);
+        if buffer.vm_granted {
+            self.refresh_offers(key);
+        }
     }
 }

@@ -1,5 +1,6 @@
 //! The registry against a model of it: random lives of three VMs and two host clients, in which
 //! memory is made late, copies finish late, looks are overtaken, and anybody dies at any time.
+//! Buffers go from the first and the last VM to the second one, and from all to the host.
 //!
 //! The model keeps what the world knows (handles, leases, descriptors that somebody holds) and
 //! derives all counts from it each time; it knows no phases, queues of events, deadlines or deltas.
@@ -12,13 +13,15 @@ use proptest::prelude::*;
 use uuid::Uuid;
 
 use super::*;
-use crate::ids::{Access, Cookie};
-use crate::policy::{Rule, Side};
+use crate::ids::{Access, AttachmentId, Cookie, MappingId};
+use crate::limits::MAX_MISSES_PER_SECOND;
+use crate::policy::{Allowed, Rule, Side};
 use crate::protocol::{Mode, NAME_LEN, State};
 
 const VMS: [PeerId; 3] = [PeerId(2), PeerId(3), PeerId(4)];
-/// The host only reads what this one exports.
+/// The host and the importer only read what this one exports; it does not know that there are importers.
 const SHY: PeerId = VMS[2];
+const IMPORTER: PeerId = VMS[1];
 const CLIENTS: [ClientId; 2] = [ClientId(1), ClientId(2)];
 const PAGE: u64 = 4096;
 const QUOTA: Quota = Quota { max_exports: 4, max_total_size: 8 * PAGE, max_waits: 2 };
@@ -101,6 +104,43 @@ enum Op {
         export: usize,
         wait: usize,
     },
+    Attach {
+        vm: PeerId,
+        export: usize,
+        access: Access,
+        zero_copy: bool,
+    },
+    Detach {
+        pick: usize,
+    },
+    Map {
+        pick: usize,
+        offset: u64,
+        pages: u64,
+        access: Access,
+    },
+    Mapped {
+        map: usize,
+        ok: bool,
+    },
+    Unmap {
+        pick: usize,
+    },
+    BeginAttached {
+        pick: usize,
+        sync: SyncRequest,
+    },
+    /// A BEGIN of an attachment that was granted copies what it has to.
+    Fill {
+        pick: usize,
+    },
+    EndAttached {
+        pick: usize,
+        sync: SyncRequest,
+    },
+    CancelAttached {
+        pick: usize,
+    },
     Look {
         pick: usize,
     },
@@ -156,9 +196,11 @@ fn op() -> impl Strategy<Value = Op> {
         PeerId::HOST,
         PeerId::ANY,
         VMS[0],
-        VMS[1],
+        IMPORTER,
+        IMPORTER,
         PeerId(9),
     ]);
+    let importer = prop::sample::select(vec![IMPORTER, IMPORTER, IMPORTER, VMS[0]]);
     prop_oneof![
         2 => (vm.clone(), yes()).prop_map(|(vm, connected)| Op::Open { vm, connected }),
         1 => vm.clone().prop_map(|vm| Op::Close { vm }),
@@ -190,6 +232,20 @@ fn op() -> impl Strategy<Value = Op> {
         2 => (some.clone(), yes()).prop_map(|(export, all)| Op::CancelVm { export, all }),
         2 => (some.clone(), some.clone())
             .prop_map(|(export, wait)| Op::CancelClient { export, wait }),
+        14 => (importer, some.clone(), access(), rarely()).prop_map(
+            |(vm, export, access, zero_copy)| Op::Attach { vm, export, access, zero_copy }
+        ),
+        5 => some.clone().prop_map(|pick| Op::Detach { pick }),
+        8 => (some.clone(), 0..3u64, 1..4u64, access()).prop_map(
+            |(pick, offset, pages, access)| Op::Map { pick, offset: offset * PAGE, pages, access }
+        ),
+        8 => (some.clone(), prop::bool::weighted(0.9))
+            .prop_map(|(map, ok)| Op::Mapped { map, ok }),
+        3 => some.clone().prop_map(|pick| Op::Unmap { pick }),
+        14 => (some.clone(), sync()).prop_map(|(pick, sync)| Op::BeginAttached { pick, sync }),
+        14 => some.clone().prop_map(|pick| Op::Fill { pick }),
+        10 => (some.clone(), sync()).prop_map(|(pick, sync)| Op::EndAttached { pick, sync }),
+        1 => some.clone().prop_map(|pick| Op::CancelAttached { pick }),
         12 => some.clone().prop_map(|pick| Op::Look { pick }),
         12 => some.prop_map(|look| Op::Seen { look }),
         8 => vm.clone().prop_map(|vm| Op::TakeEvent { vm }),
@@ -225,10 +281,52 @@ struct Export {
     /// Somebody may hold one: what the daemon has to believe.
     suspect: bool,
     generation: u64,
+    told_generation: u64,
     told_busy: bool,
     offered: bool,
     bits: Vec<(Holder, Access)>,
     queue: Vec<Waiter>,
+}
+
+/// A VM's use of a buffer, as the VM knows it.
+#[derive(Debug)]
+struct Attached {
+    session: SessionId,
+    handle: HandleId,
+    id: AttachmentId,
+    /// The buffer.
+    of: usize,
+    access: Access,
+    revoked: bool,
+    told_revoked: bool,
+    told_generation: u64,
+    mappings: BTreeMap<MappingId, (u64, u64, Access)>,
+}
+
+impl Attached {
+    fn holder(&self) -> Holder {
+        Holder::Attachment(self.id)
+    }
+
+    /// Mappings that SYNC of this range copies to or from.
+    fn touched(&self, sync: &SyncRequest, size: u64, way: Access) -> usize {
+        let end = if sync.len == 0 { size } else { sync.offset + sync.len };
+        let touches = |(at, len, access): &&(u64, u64, Access)| {
+            access.contains(way) && sync.offset.max(*at) < end.min(at + len)
+        };
+        self.mappings.values().filter(touches).count()
+    }
+}
+
+/// What the operator lets one VM do with buffers of another.
+fn allowed(from: PeerId, to: PeerId) -> Allowed {
+    match (from, to) {
+        (_, PeerId::HOST) if from == SHY => Allowed::ReadOnly,
+        (_, PeerId::HOST) => Allowed::Yes,
+        (_, IMPORTER) if from == SHY => Allowed::ReadOnly,
+        (_, IMPORTER) if from == VMS[0] => Allowed::Yes,
+        _ => Allowed::No,
+    }
 }
 
 impl Export {
@@ -236,13 +334,29 @@ impl Export {
         !self.released && !self.over
     }
 
+    fn live(&self) -> bool {
+        self.open() && !self.asked
+    }
+
     fn host_access(&self) -> Access {
-        if !self.open() || self.asked {
+        self.access_of(PeerId::HOST)
+    }
+
+    fn access_of(&self, peer: PeerId) -> Access {
+        let allowed = allowed(self.session.peer, peer);
+        if !self.live() || allowed == Allowed::No {
             return Access::NONE;
         }
-        let grant = self.grants.get(&PeerId::HOST).or(self.grants.get(&PeerId::ANY));
+        let grant = self.grants.get(&peer).or(self.grants.get(&PeerId::ANY));
         let granted = grant.map_or(Access::NONE, |grant| grant.access);
-        if self.session.peer == SHY { granted.intersect(Access::READ) } else { granted }
+        if allowed == Allowed::ReadOnly { granted.intersect(Access::READ) } else { granted }
+    }
+
+    fn use_up(&mut self, peer: PeerId) {
+        let used = if self.grants.contains_key(&peer) { peer } else { PeerId::ANY };
+        if self.grants.get(&used).is_some_and(|grant| grant.once) {
+            self.grants.remove(&used);
+        }
     }
 
     fn held(&self, holder: Holder) -> Access {
@@ -300,7 +414,11 @@ impl Export {
 }
 
 fn leased(holder: Holder) -> bool {
-    holder != Holder::Exporter
+    matches!(holder, Holder::Lease(_))
+}
+
+fn wants(vm: PeerId) -> Wants {
+    Wants { peers: true, import: vm != SHY }
 }
 
 type Done = (Origin, Status);
@@ -309,11 +427,22 @@ type Result<T> = std::result::Result<T, Status>;
 struct World {
     registry: Registry<Rc<()>>,
     memory: Rc<()>,
+    /// The memory of all mappings.
+    pages: Rc<()>,
     now: Duration,
     sessions: BTreeMap<PeerId, Option<SessionId>>,
     exports: Vec<Export>,
     tickets: Vec<(Ticket, SessionId, Option<usize>, Description, bool)>,
-    copies: Vec<(CopyTicket, usize, Holder, Access)>,
+    copies: Vec<(CopyTicket, usize, Holder, Access, bool)>,
+    attachments: Vec<Attached>,
+    maps: Vec<(MapTicket, SessionId, MapRequest)>,
+    /// BEGINs of attachments that wait, by token, and those that were granted.
+    waiting: BTreeMap<u64, (SessionId, HandleId, SyncRequest)>,
+    granted: Vec<(SessionId, HandleId, SyncRequest)>,
+    misses: (u32, Duration),
+    /// VMs that hear what importers hear, and what each was told of a buffer.
+    imports: BTreeSet<PeerId>,
+    offers: BTreeMap<(PeerId, usize), Access>,
     wanted: BTreeSet<BufferKey>,
     looks: Vec<(Look, usize, bool, usize)>,
     events: BTreeMap<PeerId, (SessionId, Event)>,
@@ -328,17 +457,26 @@ impl World {
     fn new() -> World {
         let rules = vec![
             Rule { from: Side::One(SHY), to: Side::One(PeerId::HOST), read_only: true },
-            Rule { from: Side::One(VMS[0]), to: Side::One(VMS[1]), read_only: false },
+            Rule { from: Side::One(VMS[0]), to: Side::One(IMPORTER), read_only: false },
+            Rule { from: Side::One(SHY), to: Side::One(IMPORTER), read_only: true },
         ];
         let vms = VMS.map(|peer| (peer, peer.to_string(), QUOTA, 0));
         World {
             registry: Registry::new(Policy::new(rules), vms),
             memory: Rc::new(()),
+            pages: Rc::new(()),
             now: Duration::from_secs(1),
             sessions: VMS.map(|peer| (peer, None)).into(),
             exports: Vec::new(),
             tickets: Vec::new(),
             copies: Vec::new(),
+            attachments: Vec::new(),
+            maps: Vec::new(),
+            waiting: BTreeMap::new(),
+            granted: Vec::new(),
+            misses: (0, Duration::ZERO),
+            imports: BTreeSet::new(),
+            offers: BTreeMap::new(),
             wanted: BTreeSet::new(),
             looks: Vec::new(),
             events: BTreeMap::new(),
@@ -348,11 +486,14 @@ impl World {
         }
     }
 
-    /// All sessions are open, and the host uses some buffers of the first VM.
+    /// All sessions are open, and the host and the importer use some buffers of the first VM.
     fn busy() -> World {
         let mut world = World::new();
         for vm in VMS {
             world.step(Op::Open { vm, connected: true });
+        }
+        for vm in VMS {
+            world.step(Op::TakeEvent { vm });
         }
         for copy in [false, true, false] {
             let (vm, access) = (VMS[0], Access::ALL);
@@ -363,6 +504,11 @@ impl World {
             for client in CLIENTS.into_iter().cycle().take(4) {
                 world.step(Op::Acquire { client, export: 0, access, zero_copy: false });
             }
+            let (vm, to) = (IMPORTER, IMPORTER);
+            world.step(Op::Grant { export: 0, to, access, once, force, ms: 0 });
+            world.step(Op::Attach { vm, export: 0, access, zero_copy: false });
+            world.step(Op::Map { pick: 0, offset: 0, pages: 1, access });
+            world.step(Op::Mapped { map: 0, ok: true });
         }
         world
     }
@@ -383,20 +529,75 @@ impl World {
     fn use_count(&self, index: usize) -> u32 {
         let export = &self.exports[index];
         let unknown = export.suspect && export.leases.is_empty();
-        u32::try_from(export.leases.len()).unwrap() + u32::from(unknown || self.parts(index))
+        let known = export.leases.len() + self.attached(index).count();
+        u32::try_from(known).unwrap() + u32::from(unknown || self.parts(index))
     }
 
     /// The exporter's pages are in use.
     fn on_loan(&self, index: usize) -> bool {
-        match self.exports[index].copy {
-            true => self.copying(index) || self.parts(index),
-            false => self.use_count(index) > 0,
+        let export = &self.exports[index];
+        let shared = !export.copy && (export.suspect || !export.leases.is_empty());
+        shared || self.copying(index) || self.parts(index)
+    }
+
+    /// Living attachments of a buffer.
+    fn attached(&self, index: usize) -> impl Iterator<Item = &Attached> {
+        self.attachments.iter().filter(move |held| held.of == index && !held.revoked)
+    }
+
+    fn has_content(&self, index: usize) -> bool {
+        let export = &self.exports[index];
+        export.live() || (export.copy && self.has_memory(index))
+    }
+
+    /// What a VM has to be told of a buffer that it may attach, or could.
+    fn offer_news(&self, vm: PeerId, index: usize) -> Option<(EventKind, Access)> {
+        let (export, told) = (&self.exports[index], self.offers.get(&(vm, index)));
+        let now = export.access_of(vm);
+        let kept = export.live() && self.attached(index).any(|held| held.session.peer == vm);
+        match (now.is_none(), told) {
+            (false, told) if told != Some(&now) => Some((EventKind::Offered, now)),
+            (true, Some(_)) if !kept => Some((EventKind::Withdrawn, now)),
+            _ => None,
         }
+    }
+
+    fn attachment_news(&self, held: &Attached) -> Option<EventKind> {
+        let changed = held.told_generation != self.exports[held.of].generation;
+        match held.revoked {
+            true => (!held.told_revoked).then_some(EventKind::Revoked),
+            false => changed.then_some(EventKind::Changed),
+        }
+    }
+
+    fn revoke_attachments(
+        &mut self,
+        index: usize,
+        of: impl Fn(PeerId) -> bool,
+        done: &mut Vec<Done>,
+    ) {
+        let generation = self.exports[index].generation;
+        let mut dead = Vec::new();
+        let alive = |held: &&mut Attached| held.of == index && !held.revoked;
+        for held in self.attachments.iter_mut().filter(alive).filter(|h| of(h.session.peer)) {
+            (held.revoked, held.told_generation) = (true, generation);
+            dead.push(held.holder());
+        }
+        let ends = |w: &Waiter| dead.contains(&w.holder).then_some(Status::Revoked);
+        done.extend(self.exports[index].leave(ends, |holder| dead.contains(&holder)));
+    }
+
+    fn drop_attachment(&mut self, at: usize, done: &mut Vec<Done>) {
+        let gone = self.attachments.remove(at);
+        let ends = |w: &Waiter| (w.holder == gone.holder()).then_some(Status::Canceled);
+        done.extend(self.exports[gone.of].leave(ends, |holder| holder == gone.holder()));
     }
 
     fn has_memory(&self, index: usize) -> bool {
         let export = &self.exports[index];
-        export.open() || !export.leases.is_empty() || export.suspect || self.copying(index)
+        let attached = export.copy && self.attached(index).next().is_some();
+        let held = attached || !export.leases.is_empty();
+        export.open() || held || export.suspect || self.copying(index)
     }
 
     fn exists(&self, index: usize) -> bool {
@@ -405,9 +606,14 @@ impl World {
 
     fn has_event(&self, index: usize) -> bool {
         let export = &self.exports[index];
-        let level =
-            export.open() && !export.asked && export.told_busy != (self.use_count(index) > 0);
-        export.owed || level
+        let heard = self.imports.contains(&export.session.peer) && export.open();
+        let changed = heard && export.told_generation != export.generation;
+        export.owed || changed || self.busy_changed(index)
+    }
+
+    fn busy_changed(&self, index: usize) -> bool {
+        let export = &self.exports[index];
+        export.live() && export.told_busy != (self.use_count(index) > 0)
     }
 
     /// Tells RELEASED of all that were asked for and are not on loan any more.
@@ -420,6 +626,11 @@ impl World {
             assert!(export.copy || !export.descriptor, "RELEASED while somebody holds the pages");
             (export.released, export.owed) = (true, true);
             done.extend(export.leave(|_| None, |holder| holder == Holder::Exporter));
+        }
+        for index in 0..self.exports.len() {
+            if !self.has_memory(index) {
+                self.revoke_attachments(index, |_| true, done);
+            }
         }
     }
 
@@ -575,12 +786,13 @@ impl World {
                 let mine = |waiter: &&Waiter| waiter.holder == Holder::Exporter;
                 let cookie = export.queue.iter().find(mine).map(|waiter| waiter.cookie);
                 let named = if all { Cookie(0) } else { cookie.unwrap_or(Cookie(u32::MAX)) };
-                let result = self.registry.cancel_exporter(export.session, export.handle, named);
+                let result = self.registry.cancel_handle(export.session, export.handle, named);
                 let expected = self.handle(index).and(cookie.ok_or(Status::NoEnt)).map(|_| ());
                 assert_eq!(result, expected);
                 let hit = |w: &Waiter| {
                     let named = all || Some(w.cookie) == cookie;
-                    (result.is_ok() && named && !leased(w.holder)).then_some(Status::Canceled)
+                    let mine = w.holder == Holder::Exporter;
+                    (result.is_ok() && named && mine).then_some(Status::Canceled)
                 };
                 done.extend(self.exports[index].leave(hit, |_| false));
                 Some(result)
@@ -597,6 +809,83 @@ impl World {
                 assert_eq!(result, Ok(()));
                 let hit = |w: &Waiter| (*w == waiter).then_some(Status::Canceled);
                 done.extend(self.exports[index].leave(hit, |_| false));
+                Some(result)
+            }
+            Op::Attach { vm, export, access, zero_copy } => {
+                let index = self.pick(export)?;
+                self.attach(vm, index, access, zero_copy)
+            }
+            Op::Detach { pick } => {
+                let at = pick.checked_rem(self.attachments.len())?;
+                let held = &self.attachments[at];
+                let busy = !held.revoked && !held.mappings.is_empty();
+                let result = self.registry.detach(held.session, held.handle);
+                assert_eq!(result, if busy { Err(Status::Busy) } else { Ok(()) });
+                if !busy {
+                    self.drop_attachment(at, done);
+                }
+                Some(result)
+            }
+            Op::Map { pick, offset, pages, access } => {
+                let at = pick.checked_rem(self.attachments.len())?;
+                let held = &self.attachments[at];
+                let request = MapRequest { handle: held.handle, offset, len: pages * PAGE, access };
+                let size = self.exports[held.of].size;
+                let expected = match () {
+                    () if held.revoked => Err(Status::Revoked),
+                    () if !held.access.contains(access) => Err(Status::Access),
+                    () if offset + request.len > size => Err(Status::Range),
+                    () => Ok(()),
+                };
+                let session = held.session;
+                let result = self.registry.begin_map(session, request, false);
+                let result = result.map(|ticket| self.maps.push((ticket, session, request)));
+                assert_eq!(result, expected);
+                Some(result)
+            }
+            Op::Mapped { map, ok } => {
+                let at = map.checked_rem(self.maps.len())?;
+                self.mapped(at, ok);
+                None
+            }
+            Op::Unmap { pick } => {
+                let all = self.attachments.iter().enumerate();
+                let all: Vec<_> = all
+                    .flat_map(|(at, held)| held.mappings.keys().map(move |id| (at, *id)))
+                    .collect();
+                let (at, id) = all[pick.checked_rem(all.len())?];
+                let held = &mut self.attachments[at];
+                held.mappings.remove(&id);
+                assert_eq!(self.registry.unmap(held.session, id), Ok(()));
+                assert_eq!(self.registry.unmap(held.session, id), Err(Status::NoEnt));
+                None
+            }
+            Op::BeginAttached { pick, sync } => {
+                let at = pick.checked_rem(self.attachments.len())?;
+                Some(self.begin_attached(at, sync))
+            }
+            Op::Fill { pick } => {
+                let at = pick.checked_rem(self.granted.len())?;
+                self.fill(at, done);
+                None
+            }
+            Op::EndAttached { pick, sync } => {
+                let at = pick.checked_rem(self.attachments.len())?;
+                Some(self.end_attached(at, sync, done))
+            }
+            Op::CancelAttached { pick } => {
+                let at = pick.checked_rem(self.attachments.len())?;
+                let held = &self.attachments[at];
+                let result = self.registry.cancel_handle(held.session, held.handle, Cookie(0));
+                let waits = self.exports[held.of].queue.iter().any(|w| w.holder == held.holder());
+                let expected = match (held.revoked, waits) {
+                    (true, _) => Err(Status::Revoked),
+                    (_, false) => Err(Status::NoEnt),
+                    _ => Ok(()),
+                };
+                assert_eq!(result, expected);
+                let hit = |w: &Waiter| (w.holder == held.holder()).then_some(Status::Canceled);
+                done.extend(self.exports[held.of].leave(hit, |_| false));
                 Some(result)
             }
             Op::Look { pick } => {
@@ -653,14 +942,23 @@ impl World {
         let Some(session) = self.sessions.insert(vm, None).flatten() else { return };
         self.registry.close_session(session);
         self.missed.remove(&vm);
+        self.imports.remove(&vm);
+        self.offers.retain(|(peer, _), _| *peer != vm);
+        while let Some(at) = self.attachments.iter().position(|held| held.session == session) {
+            self.drop_attachment(at, done);
+        }
         for export in self.exports.iter_mut().filter(|export| export.session == session) {
             (export.over, export.owed) = (true, false);
-            let ends = |w: &Waiter| match leased(w.holder) {
-                true => Some(Status::Revoked),
-                false => Some(Status::Canceled),
+            let ends = |w: &Waiter| match w.holder {
+                Holder::Exporter => Some(Status::Canceled),
+                _ => Some(Status::Revoked),
             };
             done.extend(export.leave(ends, |_| true));
             export.revoke();
+        }
+        let over = |index: &usize| self.exports[*index].session == session;
+        for index in (0..self.exports.len()).filter(over).collect::<Vec<_>>() {
+            self.revoke_attachments(index, |_| true, done);
         }
     }
 
@@ -733,6 +1031,7 @@ impl World {
             descriptor: false,
             suspect: false,
             generation: 0,
+            told_generation: 0,
             told_busy: false,
             offered: false,
             bits: Vec::new(),
@@ -743,14 +1042,15 @@ impl World {
     fn judge_grant(&self, index: usize, request: GrantRequest) -> Result<()> {
         let export = self.handle(index)?;
         let vm = export.session.peer;
-        let known = [PeerId::HOST, PeerId::ANY].contains(&request.to);
-        if !known && (vm, request.to) != (VMS[0], VMS[1]) {
+        let allowed =
+            if request.to == PeerId::ANY { Allowed::Yes } else { allowed(vm, request.to) };
+        if allowed == Allowed::No {
             return Err(Status::NoEnt);
         }
         if export.asked {
             return Err(Status::Revoked);
         }
-        let too_much = vm == SHY && request.to == PeerId::HOST && request.access.write;
+        let too_much = allowed == Allowed::ReadOnly && request.access.write;
         if too_much || !export.access.contains(request.access) {
             return Err(Status::Access);
         }
@@ -764,13 +1064,15 @@ impl World {
         let expires = (!lifetime.is_zero()).then(|| self.now + lifetime);
         if !access.is_none() {
             export.grants.insert(to, Grant { access, once, expires });
-        } else if force
-            && (to == PeerId::HOST
-                || (to == PeerId::ANY && !export.grants.contains_key(&PeerId::HOST)))
-        {
-            export.revoke();
-            let ends = |w: &Waiter| leased(w.holder).then_some(Status::Revoked);
-            done.extend(export.leave(ends, leased));
+        } else if force {
+            let own: Vec<PeerId> = export.grants.keys().copied().collect();
+            let meant = |peer| to == peer || (to == PeerId::ANY && !own.contains(&peer));
+            if meant(PeerId::HOST) {
+                export.revoke();
+                let ends = |w: &Waiter| leased(w.holder).then_some(Status::Revoked);
+                done.extend(export.leave(ends, leased));
+            }
+            self.revoke_attachments(index, meant, done);
         }
     }
 
@@ -782,15 +1084,17 @@ impl World {
         let busy = self.on_loan(index);
         let export = &mut self.exports[index];
         export.grants.clear();
-        let ends = |w: &Waiter| match leased(w.holder) {
-            true => force.then_some(Status::Revoked),
-            false => Some(Status::Canceled),
+        let ends = |w: &Waiter| match w.holder {
+            Holder::Exporter => Some(Status::Canceled),
+            _ => force.then_some(Status::Revoked),
         };
-        let gone = |who| if leased(who) { force } else { !busy };
+        let gone = |who| if who == Holder::Exporter { !busy } else { force };
         done.extend(export.leave(ends, gone));
         if force {
             export.revoke();
+            self.revoke_attachments(index, |_| true, done);
         }
+        let export = &mut self.exports[index];
         (export.asked, export.released) = (true, !busy);
         assert_eq!(answer.state, if busy { State::Releasing } else { State::Released });
         assert!(busy || export.copy || !export.descriptor, "RELEASED while the pages are held");
@@ -820,14 +1124,7 @@ impl World {
             export.leases.insert(acquired.lease, (client, access));
             export.suspect = export.observable;
             *self.acquired.entry(index).or_default() += 1;
-            for to in [PeerId::HOST, PeerId::ANY] {
-                if let Some(grant) = export.grants.get(&to) {
-                    if grant.once {
-                        export.grants.remove(&to);
-                    }
-                    break;
-                }
-            }
+            export.use_up(PeerId::HOST);
         });
         assert_eq!(result, expected);
         result
@@ -905,7 +1202,7 @@ impl World {
                 let token = u64::from(self.token);
                 let Export { session, handle, .. } = *export;
                 let call = (token, 100);
-                let result = self.registry.begin_exporter(session, handle, sync, call, self.now);
+                let result = self.registry.begin_handle(session, handle, sync, call, self.now);
                 let origin = Origin::Vm(session.peer, token);
                 (Holder::Exporter, origin, waits >= QUOTA.max_waits, result)
             }
@@ -961,7 +1258,7 @@ impl World {
             }
             None => {
                 let Export { session, handle, .. } = *export;
-                (Holder::Exporter, self.registry.end_exporter(session, handle, sync))
+                (Holder::Exporter, self.registry.end_handle(session, handle, sync))
             }
         };
         assert_eq!(result.as_ref().map(|_| ()).map_err(|status| *status), expected);
@@ -972,9 +1269,11 @@ impl World {
                 assert_eq!(generation, self.exports[index].generation);
             }
             Ok(Ended::Copy(ticket, copy)) => {
-                assert!(copies && copy.offset + copy.len <= export.size);
-                assert_eq!(copy.from_exporter, holder == Holder::Exporter);
-                self.copies.push((ticket, index, holder, sync.bits));
+                let [Move { from, to, len }] = &copy.moves[..] else { panic!("{copy:?}") };
+                assert!(copies && from.offset == to.offset && from.offset + len <= export.size);
+                assert_eq!((from.view == View::Pages), holder == Holder::Exporter);
+                assert_ne!(from.view, to.view);
+                self.copies.push((ticket, index, holder, sync.bits, false));
             }
             Err(_) => {}
         }
@@ -983,22 +1282,233 @@ impl World {
 
     fn complete(&mut self, index: usize, holder: Holder, bits: Access, done: &mut Vec<Done>) {
         let export = &mut self.exports[index];
+        let before = export.generation;
         export.generation += u64::from(bits.write);
+        // A writer that knew what was before it knows what is now.
+        let told = match holder {
+            Holder::Exporter => Some(&mut export.told_generation),
+            Holder::Lease(_) => None,
+            Holder::Attachment(_) => {
+                let own = |held: &&mut Attached| held.holder() == holder && !held.revoked;
+                self.attachments.iter_mut().find(own).map(|held| &mut held.told_generation)
+            }
+        };
+        if let Some(told) = told.filter(|told| **told == before) {
+            *told = export.generation;
+        }
         export.set(holder, export.held(holder).minus(bits));
         done.extend(export.serve());
     }
 
     fn copied(&mut self, at: usize, ok: bool, done: &mut Vec<Done>) {
-        let (ticket, index, holder, bits) = self.copies.remove(at);
+        let (ticket, index, holder, bits, begins) = self.copies.remove(at);
         let generation = self.registry.finish_copy(ticket, ok);
-        self.complete(index, holder, bits, done);
-        self.exports[index].generation -= u64::from(!ok && bits.write);
-        assert_eq!(generation, self.exports[index].generation);
+        if ok && !begins {
+            self.complete(index, holder, bits, done);
+        } else if !ok {
+            let export = &mut self.exports[index];
+            export.set(holder, export.held(holder).minus(bits));
+            done.extend(export.serve());
+        }
+        // A buffer that is gone by it has none.
+        assert!([0, self.exports[index].generation].contains(&generation));
+    }
+
+    fn attach(
+        &mut self,
+        vm: PeerId,
+        index: usize,
+        access: Access,
+        zero_copy: bool,
+    ) -> Option<Result<()>> {
+        let session = self.sessions[&vm]?;
+        let export = &mut self.exports[index];
+        let offer = export.access_of(vm);
+        if vm == IMPORTER && self.now - self.misses.1 >= Duration::from_secs(1) {
+            self.misses = (0, self.now);
+        }
+        let miss = offer.is_none();
+        let expected = if self.misses.0 >= MAX_MISSES_PER_SECOND && vm == IMPORTER {
+            Err(Status::Busy)
+        } else if miss {
+            Err(Status::NoEnt)
+        } else if !offer.contains(access) || zero_copy {
+            Err(Status::Access)
+        } else {
+            Ok(())
+        };
+        self.misses.0 += u32::from(vm == IMPORTER && expected == Err(Status::NoEnt));
+        let request = AttachRequest { uuid: export.uuid, access, zero_copy };
+        let result = self.registry.attach(session, request, self.now).map(|attached| {
+            assert_eq!((attached.size, attached.generation), (export.size, export.generation));
+            assert_eq!((attached.access, attached.exporter), (access, export.session.peer));
+            export.use_up(vm);
+            let handle = attached.handle;
+            assert!(self.attachments.iter().all(|h| (h.session, h.handle) != (session, handle)));
+            self.attachments.push(Attached {
+                session,
+                handle,
+                id: self.registry.vms[&vm].attachments[&handle].id,
+                of: index,
+                access,
+                revoked: false,
+                told_revoked: false,
+                told_generation: export.generation,
+                mappings: BTreeMap::new(),
+            });
+        });
+        assert_eq!(result, expected);
+        Some(result)
+    }
+
+    fn mapped(&mut self, at: usize, ok: bool) {
+        let (ticket, session, request) = self.maps.remove(at);
+        let found = if ok { Ok(self.pages.clone()) } else { Err(Status::Fault) };
+        let result = self.registry.finish_map(ticket, found);
+        let open = self.sessions[&session.peer] == Some(session);
+        let is_it = |held: &&mut Attached| (held.session, held.handle) == (session, request.handle);
+        let held = self.attachments.iter_mut().find(is_it);
+        let expected = match (&held, ok) {
+            (_, false) => Err(Status::Fault),
+            _ if !open => Err(Status::Revoked),
+            (None, _) => Err(Status::NoEnt),
+            (Some(held), _) if held.revoked => Err(Status::Revoked),
+            _ => Ok(()),
+        };
+        assert_eq!(result.map(|_| ()), expected);
+        if let (Ok(id), Some(held)) = (result, held) {
+            let MapRequest { offset, len, access, .. } = request;
+            assert_eq!(held.mappings.insert(id, (offset, len, access)), None);
+        }
+    }
+
+    fn begin_attached(&mut self, at: usize, mut sync: SyncRequest) -> Result<()> {
+        self.token += 1;
+        sync.cookie = Cookie(self.token);
+        let held = &self.attachments[at];
+        let (index, holder, session, handle) = (held.of, held.holder(), held.session, held.handle);
+        let full = self.waits(session.peer) >= QUOTA.max_waits;
+        let export = &self.exports[index];
+        let bits = export.held(holder);
+        let writer = export.queue.iter().any(|waiter| waiter.want.write);
+        let at_once = bits.contains(sync.bits)
+            || (export.free(holder, sync.bits) && !(writer && bits.is_none()));
+        let expected = if held.revoked || (sync.bits.read && !self.has_content(index)) {
+            Err(Status::Revoked)
+        } else if sync.bits.is_none() {
+            Err(Status::Inval)
+        } else if !held.access.contains(sync.bits) {
+            Err(Status::Access)
+        } else if sync.offset + sync.len > export.size {
+            Err(Status::Range)
+        } else {
+            match at_once {
+                true => Ok(Begun::Now(export.generation)),
+                false if sync.nonblock => Err(Status::Again),
+                false if full => Err(Status::Busy),
+                false => Ok(Begun::Waits),
+            }
+        };
+        let token = u64::from(self.token);
+        let result = self.registry.begin_handle(session, handle, sync, (token, 100), self.now);
+        assert_eq!(result, expected);
+        let export = &mut self.exports[index];
+        match result? {
+            Begun::Now(_) => {
+                export.set(holder, bits.union(sync.bits));
+                self.granted.push((session, handle, sync));
+            }
+            Begun::Waits => {
+                export.queue.push(Waiter {
+                    holder,
+                    want: sync.bits,
+                    deadline: self.now + sync.timeout,
+                    cookie: sync.cookie,
+                    origin: Origin::Vm(session.peer, token),
+                });
+                self.waiting.insert(token, (session, handle, sync));
+            }
+        }
+        Ok(())
+    }
+
+    fn fill(&mut self, at: usize, done: &mut Vec<Done>) {
+        let (session, handle, sync) = self.granted.remove(at);
+        let filled = self.registry.fill(session, handle, &sync);
+        let is_it = |held: &&Attached| (held.session, held.handle) == (session, handle);
+        let Some(held) = self.attachments.iter().find(is_it) else {
+            let open = self.sessions[&session.peer] == Some(session);
+            let status = if open { Status::NoEnt } else { Status::Revoked };
+            return assert_eq!(filled.err(), Some(status));
+        };
+        let (index, holder) = (held.of, held.holder());
+        let touched = held.touched(&sync, self.exports[index].size, Access::READ);
+        match filled {
+            Err(status) => {
+                assert_eq!(status, Status::Revoked);
+                assert!(held.revoked || !self.has_content(index));
+                let export = &mut self.exports[index];
+                export.set(holder, export.held(holder).minus(sync.bits));
+                done.extend(export.serve());
+            }
+            Ok(None) => assert!(!sync.bits.read || touched == 0),
+            Ok(Some((ticket, copy))) => {
+                assert!(self.has_content(index), "who read what nobody has");
+                assert_eq!(copy.moves.len(), touched);
+                for one in &copy.moves {
+                    assert_eq!((one.from.view, one.to.view), (View::Content, View::Pages));
+                    assert!(Rc::ptr_eq(&one.from.memory, &self.memory));
+                    assert!(Rc::ptr_eq(&one.to.memory, &self.pages));
+                    assert!(one.from.offset + one.len <= self.exports[index].size);
+                }
+                self.copies.push((ticket, index, holder, sync.bits, true));
+            }
+        }
+    }
+
+    fn end_attached(&mut self, at: usize, sync: SyncRequest, done: &mut Vec<Done>) -> Result<()> {
+        let held = &self.attachments[at];
+        let (index, holder) = (held.of, held.holder());
+        let export = &self.exports[index];
+        let expected = if held.revoked || (sync.bits.write && !export.live()) {
+            Err(Status::Revoked)
+        } else if sync.bits.is_none() {
+            Err(Status::Inval)
+        } else if !held.access.contains(sync.bits) {
+            Err(Status::Access)
+        } else if sync.offset + sync.len > export.size {
+            Err(Status::Range)
+        } else {
+            Ok(())
+        };
+        let touched = if sync.bits.write {
+            held.touched(&sync, export.size, Access::WRITE) * (1 + usize::from(export.copy))
+        } else {
+            0
+        };
+        let result = self.registry.end_handle(held.session, held.handle, sync);
+        assert_eq!(result.as_ref().map(|_| ()).map_err(|status| *status), expected);
+        match result? {
+            Ended::Now(generation) => {
+                assert_eq!(touched, 0);
+                self.complete(index, holder, sync.bits, done);
+                assert_eq!(generation, self.exports[index].generation);
+            }
+            Ended::Copy(ticket, copy) => {
+                assert_eq!(copy.moves.len(), touched);
+                assert!(Rc::ptr_eq(&copy.moves[0].from.memory, &self.pages));
+                self.copies.push((ticket, index, holder, sync.bits, false));
+            }
+        }
+        Ok(())
     }
 
     fn take_event(&mut self, vm: PeerId) {
         let Some(session) = self.sessions[&vm] else { return };
-        let Some(event) = self.registry.next_event(session, true) else {
+        if wants(vm).import {
+            self.imports.insert(vm);
+        }
+        let Some(event) = self.registry.next_event(session, wants(vm)) else {
             // A part that is being made is told when it is made.
             let making = |index| self.tickets.iter().any(|(_, _, pool, ..)| *pool == Some(index));
             let quiet = |index: usize| {
@@ -1006,22 +1516,39 @@ impl World {
             };
             assert!((0..self.exports.len()).all(quiet), "an event was lost");
             assert!(!self.missed.contains(&vm), "RESYNC was lost");
+            if self.imports.contains(&vm) {
+                let told = |index: usize| self.offer_news(vm, index).is_none();
+                assert!((0..self.exports.len()).all(told), "an offer or its end was lost");
+                let mut own = self.attachments.iter().filter(|held| held.session == session);
+                assert!(own.all(|held| self.attachment_news(held).is_none()), "news were lost");
+            }
             return;
         };
         let missed = self.missed.remove(&vm);
         assert!(!missed || event.kind == EventKind::Resync, "what was missed must be told first");
-        if let Some((handle, uuid)) = event.export {
+        if let (None, Some(uuid)) = (event.handle, event.uuid) {
+            let index = self.exports.iter().position(|export| export.uuid == uuid).unwrap();
+            assert_eq!(self.offer_news(vm, index), Some((event.kind, event.access)));
+            assert_eq!(event.peer, Some(self.exports[index].session.peer));
+        } else if let Some(handle) = event.handle
+            && let Some(held) =
+                self.attachments.iter().find(|h| (h.session, h.handle) == (session, handle))
+        {
+            assert_eq!(self.attachment_news(held), Some(event.kind));
+            assert_eq!(event.uuid, Some(self.exports[held.of].uuid));
+        } else if let Some(handle) = event.handle {
             let of = |export: &Export| export.session == session && export.handle == handle;
             let index = self.exports.iter().position(of).expect("an event of somebody else");
             let export = &self.exports[index];
-            assert_eq!((export.uuid, export.size), (uuid, event.size));
+            assert_eq!(event.uuid, Some(export.uuid));
             let kind = match self.use_count(index) {
                 _ if export.owed => EventKind::Released,
+                _ if !self.busy_changed(index) => EventKind::Changed,
                 0 => EventKind::Idle,
                 _ => EventKind::Busy,
             };
             assert!(self.has_event(index), "nothing happened");
-            assert_eq!(event.kind, kind);
+            assert_eq!((event.kind, event.generation), (kind, export.generation));
         }
         self.events.insert(vm, (session, event));
     }
@@ -1029,9 +1556,32 @@ impl World {
     fn told(&mut self, vm: PeerId) {
         let Some((session, event)) = self.events.remove(&vm) else { return };
         self.registry.event_told(session, event);
-        let handle = event.export.map(|(handle, _)| handle);
+        if self.sessions[&vm] != Some(session) {
+            return;
+        }
+        if event.kind == EventKind::Resync && !self.registry.vms[&vm].resync {
+            self.told_again(vm);
+        }
+        let Some(handle) = event.handle else {
+            let Some(uuid) = event.uuid else { return };
+            let index = self.exports.iter().position(|export| export.uuid == uuid).unwrap();
+            match event.kind {
+                EventKind::Offered => self.offers.insert((vm, index), event.access),
+                _ => self.offers.remove(&(vm, index)),
+            };
+            return;
+        };
+        let is_it = |held: &&mut Attached| (held.session, held.handle) == (session, handle);
+        if let Some(held) = self.attachments.iter_mut().find(is_it) {
+            match event.kind {
+                EventKind::Revoked => held.told_revoked = true,
+                _ if !held.revoked => held.told_generation = event.generation,
+                _ => {}
+            }
+            return;
+        }
         let of = |export: &&mut Export| {
-            export.session == session && Some(export.handle) == handle && !export.over
+            export.session == session && export.handle == handle && !export.over
         };
         let Some(export) = self.exports.iter_mut().find(of) else { return };
         match event.kind {
@@ -1039,7 +1589,21 @@ impl World {
                 assert!(export.owed, "RELEASED was told twice");
                 export.owed = false;
             }
+            EventKind::Changed => export.told_generation = event.generation,
             kind => export.told_busy = kind == EventKind::Busy,
+        }
+    }
+
+    /// After RESYNC live offers and dead attachments are told again.
+    fn told_again(&mut self, vm: PeerId) {
+        if !self.imports.contains(&vm) {
+            return;
+        }
+        let exports = &self.exports;
+        self.offers
+            .retain(|(peer, index), _| *peer != vm || exports[*index].access_of(vm).is_none());
+        for held in self.attachments.iter_mut().filter(|held| held.session.peer == vm) {
+            held.told_revoked = false;
         }
     }
 
@@ -1050,6 +1614,14 @@ impl World {
         // What ended, once, and how.
         let mut ended: Vec<_> = out.done.iter().map(|end| (end.origin, end.status)).collect();
         let order = |(origin, _): &Done| format!("{origin:?}");
+        for (origin, status) in &ended {
+            if let Origin::Vm(_, token) = origin
+                && let Some(begin) = self.waiting.remove(token)
+                && *status == Status::Ok
+            {
+                self.granted.push(begin);
+            }
+        }
         ended.sort_by_key(order);
         done.sort_by_key(order);
         assert_eq!(ended, done);
@@ -1075,6 +1647,15 @@ impl World {
         assert_eq!(self.registry.buffer_count(), count(&|i| self.exists(i)));
         assert_eq!(self.registry.by_uuid.len(), self.registry.buffers.len());
         assert_eq!(Rc::strong_count(&self.memory) - 1, count(&|i| self.has_memory(i)));
+        let mappings = |session| {
+            let own = self.attachments.iter().filter(move |held| Some(held.session) == session);
+            own.map(|held| held.mappings.len()).sum::<usize>()
+        };
+        let mapped: usize = self.attachments.iter().map(|held| held.mappings.len()).sum();
+        assert_eq!(Rc::strong_count(&self.pages) - 1, mapped);
+        for held in &self.attachments {
+            self.compare_attachment(held);
+        }
         let leases: usize = self.exports.iter().map(|export| export.leases.len()).sum();
         assert_eq!(self.registry.lease_count(), leases);
         for (peer, vm) in &self.registry.vms {
@@ -1093,11 +1674,26 @@ impl World {
                 let lingering = all.clone().filter(|i| lingers(*i)).map(|i| self.exports[i].uuid);
                 assert_eq!(listed(session), lingering.collect::<Vec<_>>());
             }
+            assert_eq!(vm.mappings.len(), mappings(vm.session));
+            let making = self.maps.iter().filter(|(_, session, _)| Some(*session) == vm.session);
+            assert_eq!(vm.mapped as usize, vm.mappings.len() + making.count());
+            let own = |held: &&Attached| Some(held.session) == vm.session;
+            assert_eq!(vm.attachments.len(), self.attachments.iter().filter(own).count());
+            for index in all.clone() {
+                let told = vm.offers.get(&BufferKey(index as u64 + 1)).and_then(|o| o.told);
+                assert_eq!(told, self.offers.get(&(*peer, index)).copied());
+            }
             let mut queued = BTreeSet::new();
-            for key in &vm.events {
-                assert!(queued.insert(*key), "an export has two places among the events");
-                assert!(self.registry.buffers[key].queued);
-                assert_eq!(self.registry.buffers[key].owner, *peer);
+            for topic in &vm.events {
+                assert!(queued.insert(*topic), "two places among the events");
+                assert!(match topic {
+                    Topic::Export(key) => {
+                        assert_eq!(self.registry.buffers[key].owner, *peer);
+                        self.registry.buffers[key].queued
+                    }
+                    Topic::Offer(key) => vm.offers[key].queued,
+                    Topic::Attachment(handle) => vm.attachments[handle].queued,
+                });
             }
         }
         for (index, export) in self.exports.iter().enumerate() {
@@ -1112,6 +1708,22 @@ impl World {
         assert_eq!(self.registry.deadlines, due);
     }
 
+    fn compare_attachment(&self, held: &Attached) {
+        let export = &self.exports[held.of];
+        let state = match held.revoked {
+            true => State::Revoked,
+            false if held.mappings.is_empty() => State::Attached,
+            false => State::Mapped,
+        };
+        let found = self.registry.query(held.session, held.handle).unwrap();
+        assert_eq!((found.state, found.use_count, found.access), (state, 0, held.access));
+        assert_eq!((found.uuid, found.size), (export.uuid, export.size));
+        assert_eq!(found.nr_mappings as usize, held.mappings.len());
+        if !held.revoked {
+            assert_eq!(found.generation, export.generation);
+        }
+    }
+
     fn compare_export(&self, index: usize, export: &Export) {
         let found = self.registry.query(export.session, export.handle);
         let use_count = self.use_count(index);
@@ -1123,6 +1735,7 @@ impl World {
         let expected = self.handle(index).map(|export| HandleState {
             state,
             use_count,
+            nr_mappings: self.attached(index).map(|held| held.mappings.len() as u32).sum(),
             access: export.access,
             size: export.size,
             generation: export.generation,
@@ -1177,6 +1790,12 @@ impl World {
         while !self.tickets.is_empty() {
             self.step(Op::Made { ticket: 0, ok: true });
         }
+        while !self.granted.is_empty() {
+            self.step(Op::Fill { pick: 0 });
+        }
+        while !self.maps.is_empty() {
+            self.step(Op::Mapped { map: 0, ok: true });
+        }
         while !self.copies.is_empty() {
             self.step(Op::Copied { copy: 0, ok: true });
         }
@@ -1198,7 +1817,7 @@ impl World {
         for vm in VMS {
             self.step(Op::Told { vm });
             while self.sessions[&vm]
-                .is_some_and(|session| self.registry.clone().next_event(session, true).is_some())
+                .is_some_and(|of| self.registry.clone().next_event(of, wants(vm)).is_some())
             {
                 self.step(Op::TakeEvent { vm });
                 self.step(Op::Told { vm });
@@ -1217,9 +1836,12 @@ impl World {
         let registry = &self.registry;
         assert_eq!((registry.buffers.len(), registry.deadlines.len()), (0, 0));
         assert_eq!((registry.clients.len(), Rc::strong_count(&self.memory)), (0, 1));
+        assert_eq!(Rc::strong_count(&self.pages), 1);
         for vm in registry.vms.values() {
             assert_eq!((vm.exports, vm.bytes, vm.waits, vm.lingering), (0, 0, 0, 0));
             assert_eq!((vm.handles.len(), vm.events.len()), (0, 0));
+            assert_eq!((vm.attachments.len(), vm.mappings.len(), vm.mapped), (0, 0, 0));
+            assert_eq!(vm.offers.len(), 0);
         }
     }
 }
@@ -1231,11 +1853,11 @@ impl Export {
 }
 
 /// Has nothing to tell, not even what became quiet again.
-fn idle(vm: &Vm) -> bool {
+fn idle<H>(vm: &Vm<H>) -> bool {
     vm.events.is_empty() && !vm.resync && vm.peers_changed.is_empty()
 }
 
-/// Equal in all but the policy, which never changes.
+/// Equal in all but the policy, which never changes, and what says that something was refused.
 fn same(one: &Registry<Rc<()>>, other: &Registry<Rc<()>>) -> bool {
     let Registry {
         policy: _,
@@ -1247,9 +1869,17 @@ fn same(one: &Registry<Rc<()>>, other: &Registry<Rc<()>>) -> bool {
         last_key,
         last_lease,
         last_session,
+        last_attachment,
         outbox,
     } = one;
-    vms == &other.vms
+    let quiet = |vms: &BTreeMap<PeerId, Vm<Rc<()>>>| {
+        let mut vms = vms.clone();
+        vms.values_mut().for_each(|vm| (vm.misses, vm.misses_since) = (0, Duration::ZERO));
+        vms
+    };
+    let outcome = |outbox: &Outbox<Rc<()>>| Outbox { audit: Vec::new(), ..outbox.clone() };
+    quiet(vms) == quiet(&other.vms)
+        && last_attachment == &other.last_attachment
         && buffers == &other.buffers
         && by_uuid == &other.by_uuid
         && clients == &other.clients
@@ -1257,7 +1887,7 @@ fn same(one: &Registry<Rc<()>>, other: &Registry<Rc<()>>) -> bool {
         && last_key == &other.last_key
         && last_lease == &other.last_lease
         && last_session == &other.last_session
-        && outbox == &other.outbox
+        && outcome(outbox) == outcome(&other.outbox)
 }
 
 proptest! {

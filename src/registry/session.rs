@@ -5,8 +5,9 @@
 
 use uuid::Uuid;
 
-use super::{BufferKey, Holder, Phase, Registry};
-use crate::ids::{HandleId, PeerId, SessionId};
+use super::offer::Offer;
+use super::{BufferKey, Holder, Phase, Registry, Topic};
+use crate::ids::{Access, HandleId, PeerId, SessionId};
 use crate::limits::Quota;
 use crate::protocol::Status;
 
@@ -17,8 +18,21 @@ pub enum EventKind {
     Released,
     Idle,
     Busy,
+    Offered,
+    Withdrawn,
+    Revoked,
+    Changed,
     Peer,
     Resync,
+}
+
+/// What a driver wants to be told of, as it negotiated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Wants {
+    /// Peers that come and go.
+    pub peers: bool,
+    /// What importers hear, and content that others changed.
+    pub import: bool,
 }
 
 /// The next thing to tell a VM. Told it stays next until [`Registry::event_told`].
@@ -26,17 +40,23 @@ pub enum EventKind {
 pub struct Event {
     /// What.
     pub kind: EventKind,
-    /// Of which export; `None` for PEER and RESYNC.
-    pub export: Option<(HandleId, Uuid)>,
-    /// Bytes of the export.
+    /// Of which export or attachment.
+    pub handle: Option<HandleId>,
+    /// Of which buffer.
+    pub uuid: Option<Uuid>,
+    /// Bytes of the buffer.
     pub size: u64,
     /// Its generation.
     pub generation: u64,
-    /// PEER: who came, went or changed epoch.
+    /// PEER: who came, went or changed epoch; else whose the buffer is.
     pub peer: Option<PeerId>,
+    /// OFFERED: for what.
+    pub access: Access,
+    /// OFFERED: wire value.
+    pub metadata_type: u32,
     /// PEER: the peer's epoch; else the VM's own.
     pub epoch: u32,
-    key: Option<BufferKey>,
+    topic: Option<Topic>,
     news: u64,
 }
 
@@ -64,6 +84,8 @@ impl<H: Clone> Registry<H> {
         vm.session = Some(session);
         vm.epoch = vm.epoch.wrapping_add(connected.into());
         vm.next_handle = 1;
+        vm.next_mapping = 1;
+        vm.import = false;
         // A guest that reset its device read the configuration before the old session was closed.
         vm.resync = !connected;
         vm.peers_changed.clear();
@@ -79,8 +101,19 @@ impl<H: Clone> Registry<H> {
             return;
         };
         vm.session = None;
+        vm.import = false;
         vm.handles.clear();
         vm.events.clear();
+        vm.offers.clear();
+        let mut attached: Vec<HandleId> = vm.attachments.keys().copied().collect();
+        attached.sort_unstable();
+        for handle in attached {
+            self.drop_attachment(peer, handle);
+        }
+        if let Some(vm) = self.vms.get_mut(&peer) {
+            // What is being mapped is given up when it is found.
+            vm.mapped = 0;
+        }
         let mut keys: Vec<BufferKey> = self
             .buffers
             .iter()
@@ -92,10 +125,11 @@ impl<H: Clone> Registry<H> {
             let before = self.host_access(*key);
             self.end_waits(*key, |waiter| match waiter.holder {
                 Holder::Exporter => Some(Status::Canceled),
-                Holder::Lease(_) => Some(Status::Revoked),
+                Holder::Lease(_) | Holder::Attachment(_) => Some(Status::Revoked),
             });
             self.clear_bits(*key, |holder| holder == Holder::Exporter);
             self.revoke_leases(*key);
+            self.revoke_attachments(*key, |_| true);
             let Some(buffer) = self.buffers.get_mut(key) else { continue };
             buffer.grants.clear();
             buffer.parts = 0;
@@ -110,6 +144,7 @@ impl<H: Clone> Registry<H> {
                 buffer.phase = Phase::Orphan;
             }
             self.tell_host_offer(*key, before);
+            self.refresh_offers(*key);
             self.settle(*key);
         }
         self.tell_peers(peer);
@@ -130,79 +165,172 @@ impl<H: Clone> Registry<H> {
         self.vms.get(&peer).map_or(0, |vm| vm.epoch)
     }
 
-    /// What to tell the VM next; of peers only if it negotiated that.
-    pub fn next_event(&mut self, session: SessionId, peers: bool) -> Option<Event> {
+    /// What to tell the VM next, of what it wants to know.
+    pub fn next_event(&mut self, session: SessionId, wants: Wants) -> Option<Event> {
         let peer = session.peer;
         let vm = self.vms.get_mut(&peer).filter(|vm| vm.session == Some(session))?;
+        if wants.import && !vm.import {
+            vm.import = true;
+            self.tell_all(peer);
+        }
+        let vm = self.vms.get(&peer)?;
         let blank = Event {
             kind: EventKind::Resync,
-            export: None,
+            handle: None,
+            uuid: None,
             size: 0,
             generation: 0,
             peer: None,
+            access: Access::NONE,
+            metadata_type: 0,
             epoch: vm.epoch,
-            key: None,
+            topic: None,
             news: vm.news,
         };
         if vm.resync {
             return Some(blank);
         }
-        if let Some(other) = vm.peers_changed.first().copied().filter(|_| peers) {
+        if let Some(other) = vm.peers_changed.first().copied().filter(|_| wants.peers) {
             let epoch = self.epoch(other);
             return Some(Event { kind: EventKind::Peer, peer: Some(other), epoch, ..blank });
         }
         loop {
-            let vm = self.vms.get_mut(&peer)?;
-            let key = *vm.events.front()?;
-            let Some(buffer) = self.buffers.get_mut(&key).filter(|buffer| buffer.has_event())
-            else {
-                // It became quiet again before it was told.
-                vm.events.pop_front();
+            let topic = *self.vms.get(&peer)?.events.front()?;
+            if let Some(event) = self.event_of(peer, topic, blank) {
+                return Some(event);
+            }
+            // It became quiet again before it was told.
+            self.pop_topic(peer, topic);
+        }
+    }
+
+    /// What is to be told of a topic, if anything.
+    fn event_of(&self, peer: PeerId, topic: Topic, blank: Event) -> Option<Event> {
+        let vm = self.vms.get(&peer)?;
+        let blank = Event { topic: Some(topic), ..blank };
+        match topic {
+            Topic::Export(key) => {
+                let buffer = self.buffers.get(&key).filter(|buffer| buffer.has_event(vm.import))?;
+                let (generation, size) = (buffer.generation, buffer.what.size);
+                let (handle, uuid) = (Some(buffer.handle), Some(buffer.uuid));
+                let kind = match buffer.phase {
+                    Phase::Told => EventKind::Released,
+                    Phase::Live if buffer.busy_changed() && buffer.use_count() > 0 => {
+                        EventKind::Busy
+                    }
+                    Phase::Live if buffer.busy_changed() => EventKind::Idle,
+                    _ => {
+                        let kind = EventKind::Changed;
+                        return Some(Event { kind, handle, uuid, generation, ..blank });
+                    }
+                };
+                Some(Event { kind, handle, uuid, size, generation, ..blank })
+            }
+            Topic::Offer(key) => {
+                let (kind, access) = self.offer_news(peer, key)?;
+                let offer = vm.offers.get(&key)?;
+                let (uuid, peer) = (Some(offer.uuid), Some(offer.exporter));
+                let event = Event { kind, uuid, peer, access, ..blank };
+                let buffer = self.buffers.get(&key).filter(|_| kind == EventKind::Offered);
+                Some(buffer.map_or(event, |buffer| Event {
+                    size: buffer.what.size,
+                    generation: buffer.generation,
+                    metadata_type: buffer.what.metadata_type,
+                    ..event
+                }))
+            }
+            Topic::Attachment(handle) => {
+                let generation = self.attachment_news(peer, handle)?;
+                let held = vm.attachments.get(&handle)?;
+                let blank = Event { handle: Some(handle), uuid: Some(held.uuid), ..blank };
+                Some(match held.revoked {
+                    true => Event { kind: EventKind::Revoked, peer: Some(held.exporter), ..blank },
+                    false => Event { kind: EventKind::Changed, generation, ..blank },
+                })
+            }
+        }
+    }
+
+    /// Takes a topic off the queue, if it is the first; others queue behind it.
+    fn pop_topic(&mut self, peer: PeerId, topic: Topic) {
+        let Some(vm) = self.vms.get_mut(&peer) else { return };
+        if vm.events.front() != Some(&topic) {
+            return;
+        }
+        vm.events.pop_front();
+        match topic {
+            Topic::Export(key) => {
                 if let Some(buffer) = self.buffers.get_mut(&key) {
                     buffer.queued = false;
                 }
-                continue;
-            };
-            let kind = match buffer.phase {
-                Phase::Told => EventKind::Released,
-                _ if buffer.use_count() > 0 => EventKind::Busy,
-                _ => EventKind::Idle,
-            };
-            return Some(Event {
-                kind,
-                export: Some((buffer.handle, buffer.uuid)),
-                size: buffer.what.size,
-                generation: buffer.generation,
-                key: Some(key),
-                ..blank
-            });
+            }
+            Topic::Offer(key) => {
+                if let Some(offer) = vm.offers.get_mut(&key) {
+                    offer.queued = false;
+                }
+            }
+            Topic::Attachment(handle) => {
+                if let Some(held) = vm.attachments.get_mut(&handle) {
+                    held.queued = false;
+                }
+            }
         }
     }
 
     /// The event has been delivered.
     pub fn event_told(&mut self, session: SessionId, event: Event) {
         let Ok(vm) = self.vm_mut(session) else { return };
-        match (event.kind, event.peer, event.key) {
-            (EventKind::Resync, ..) if vm.news == event.news => vm.resync = false,
+        match (event.kind, event.peer, event.topic) {
+            (EventKind::Resync, ..) if vm.news == event.news => {
+                vm.resync = false;
+                self.retell(session.peer);
+            }
             (EventKind::Peer, Some(other), _) if vm.news == event.news => {
                 vm.peers_changed.remove(&other);
             }
-            (kind, _, Some(key)) => {
-                // It is the first still, others queue behind it; or it is forgotten.
-                let first = vm.events.front() == Some(&key);
-                if first {
-                    vm.events.pop_front();
-                }
+            (kind, _, Some(topic)) => {
+                self.pop_topic(session.peer, topic);
+                self.know(session.peer, topic, kind, event);
+            }
+            _ => {}
+        }
+    }
+
+    /// Enters what the VM knows now, and queues what it does not.
+    fn know(&mut self, peer: PeerId, topic: Topic, kind: EventKind, event: Event) {
+        match topic {
+            Topic::Export(key) => {
                 let Some(buffer) = self.buffers.get_mut(&key) else { return };
-                buffer.queued &= !first;
-                if kind == EventKind::Released {
-                    buffer.phase = Phase::Orphan;
-                } else {
-                    buffer.told_busy = kind == EventKind::Busy;
+                match kind {
+                    EventKind::Released => buffer.phase = Phase::Orphan,
+                    EventKind::Changed => buffer.told_generation = event.generation,
+                    _ => buffer.told_busy = kind == EventKind::Busy,
                 }
                 self.settle(key);
             }
-            _ => {}
+            Topic::Offer(key) => {
+                let told = Some(event.access).filter(|_| kind == EventKind::Offered);
+                let (Some(vm), Some(uuid), Some(exporter)) =
+                    (self.vms.get_mut(&peer), event.uuid, event.peer)
+                else {
+                    return;
+                };
+                // It may have gone away while it was told.
+                let blank = Offer { uuid, exporter, told: None, queued: false };
+                vm.offers.entry(key).or_insert(blank).told = told;
+                self.refresh_offer(peer, key);
+            }
+            Topic::Attachment(handle) => {
+                let vm = self.vms.get_mut(&peer);
+                if let Some(held) = vm.and_then(|vm| vm.attachments.get_mut(&handle)) {
+                    match kind {
+                        EventKind::Revoked => held.told_revoked = true,
+                        _ if !held.revoked => held.told_generation = event.generation,
+                        _ => {}
+                    }
+                }
+                self.queue_attachment(peer, handle);
+            }
         }
     }
 

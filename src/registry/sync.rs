@@ -6,7 +6,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
 
-use crate::ids::{Access, ClientId, Cookie, LeaseId, PeerId};
+use crate::ids::{Access, AttachmentId, ClientId, Cookie, LeaseId, PeerId};
 use crate::protocol::Status;
 
 /// Who takes part in the synchronisation of a buffer.
@@ -16,6 +16,8 @@ pub enum Holder {
     Exporter,
     /// A host client.
     Lease(LeaseId),
+    /// A VM that attached it.
+    Attachment(AttachmentId),
 }
 
 /// Whom to tell when a wait ends.

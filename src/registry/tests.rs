@@ -18,6 +18,7 @@ const ANNE: ClientId = ClientId(1);
 const BERT: ClientId = ClientId(2);
 const PAGE: u64 = 4096;
 const QUOTA: Quota = Quota { max_exports: 4, max_total_size: 16 * PAGE, max_waits: 2 };
+const WANTS: Wants = Wants { peers: true, import: false };
 const READ: Access = Access::READ;
 const WRITE: Access = Access::WRITE;
 const ALL: Access = Access::ALL;
@@ -176,9 +177,9 @@ impl World {
     /// Delivers all events to a VM.
     fn told_to(&mut self, session: SessionId) -> Vec<(EventKind, Option<HandleId>)> {
         let mut told = Vec::new();
-        while let Some(event) = self.registry.next_event(session, true) {
+        while let Some(event) = self.registry.next_event(session, WANTS) {
             self.registry.event_told(session, event);
-            told.push((event.kind, event.export.map(|(handle, _)| handle)));
+            told.push((event.kind, event.handle));
         }
         told
     }
@@ -195,7 +196,7 @@ impl World {
 
     fn begin_exporter(&mut self, export: Export, request: SyncRequest) -> Result<Begun, Status> {
         let token = u64::from(request.cookie.0);
-        self.registry.begin_exporter(self.app, export.handle, request, (token, 100), self.now)
+        self.registry.begin_handle(self.app, export.handle, request, (token, 100), self.now)
     }
 
     fn begin_lease(
@@ -756,9 +757,9 @@ mod release {
         w.end(ANNE, lease);
         w.look(false);
         assert_eq!(w.held(), 0, "the memory is not needed for it");
-        let event = w.registry.next_event(w.app, true).unwrap();
+        let event = w.registry.next_event(w.app, WANTS).unwrap();
         assert_eq!(
-            w.registry.next_event(w.app, true),
+            w.registry.next_event(w.app, WANTS),
             Some(event),
             "it stays next until it is told"
         );
@@ -797,7 +798,12 @@ mod release {
         let Ok(Ended::Copy(ticket, copy)) = w.registry.end_access(ANNE, lease, begin(WRITE)) else {
             panic!("END|WRITE of a copy copies");
         };
-        assert_eq!((copy.offset, copy.len, copy.from_exporter), (0, PAGE, false));
+        let [Move { from, to, len }] = &copy.moves[..] else { panic!("{copy:?}") };
+        assert_eq!(
+            (from.view, to.view, from.offset, to.offset),
+            (View::Content, View::Pages, 0, 0)
+        );
+        assert_eq!(*len, PAGE);
         w.told();
         assert_eq!(w.release(export, false).state, State::Releasing);
         let late = w.registry.end_access(ANNE, lease, begin(WRITE));
@@ -815,11 +821,11 @@ mod release {
         assert_eq!(w.begin_exporter(export, begin(WRITE)), Ok(Begun::Now(0)));
         assert_eq!(w.begin_lease(ANNE, lease, begin(READ)), Ok(Begun::Waits));
         let Ok(Ended::Copy(ticket, copy)) =
-            w.registry.end_exporter(w.app, export.handle, begin(WRITE))
+            w.registry.end_handle(w.app, export.handle, begin(WRITE))
         else {
             panic!("END|WRITE of a copy copies");
         };
-        assert!(copy.from_exporter);
+        assert_eq!(copy.moves[0].from.view, View::Pages);
         assert_eq!(w.done(), [], "the bits stay until the bytes are there");
         assert_eq!(w.registry.finish_copy(ticket, false), 0);
         assert_eq!(w.done(), [(ANNES_WAIT, Status::Ok)]);
@@ -985,7 +991,7 @@ mod events {
         let export = w.export();
         w.grant(export);
         let lease = w.acquire(ANNE, export);
-        let busy = w.registry.next_event(w.app, true).unwrap();
+        let busy = w.registry.next_event(w.app, WANTS).unwrap();
         w.end(ANNE, lease);
         w.look(false);
         w.registry.event_told(w.app, busy);
@@ -1023,9 +1029,9 @@ mod events {
         let export = w.export();
         w.grant(export);
         w.acquire(ANNE, export);
-        let busy = w.registry.next_event(w.app, true).unwrap();
+        let busy = w.registry.next_event(w.app, WANTS).unwrap();
         w.registry.close_session(w.app);
-        assert_eq!(w.registry.next_event(w.app, true), None);
+        assert_eq!(w.registry.next_event(w.app, WANTS), None);
         let app = w.registry.open_session(APP, true).unwrap();
         w.registry.event_told(w.app, busy);
         assert_eq!(w.told_to(app), []);
@@ -1047,7 +1053,7 @@ mod events {
     fn what_is_missed_while_resync_is_told_is_not_lost() {
         let mut w = World::new();
         w.registry.resync(APP);
-        let resync = w.registry.next_event(w.app, true).unwrap();
+        let resync = w.registry.next_event(w.app, WANTS).unwrap();
         w.registry.resync(APP);
         w.registry.event_told(w.app, resync);
         assert_eq!(w.told(), [EventKind::Resync]);
@@ -1148,8 +1154,7 @@ mod sessions {
     fn a_copy_in_progress_lingers() {
         let mut w = World::new();
         let export = w.export_copy();
-        let Ok(Ended::Copy(ticket, _)) =
-            w.registry.end_exporter(w.app, export.handle, begin(WRITE))
+        let Ok(Ended::Copy(ticket, _)) = w.registry.end_handle(w.app, export.handle, begin(WRITE))
         else {
             panic!("END|WRITE of a copy copies");
         };
@@ -1231,7 +1236,7 @@ mod sync {
     }
 
     fn end_exporter(w: &mut World, export: Export, bits: Access) -> u64 {
-        match w.registry.end_exporter(w.app, export.handle, begin(bits)) {
+        match w.registry.end_handle(w.app, export.handle, begin(bits)) {
             Ok(Ended::Now(generation)) => generation,
             other => panic!("{other:?}"),
         }
@@ -1321,9 +1326,8 @@ mod sync {
             assert_eq!(w.begin_exporter(export, request), Ok(Begun::Waits));
         }
         w.begin_lease(BERT, bert, begin(READ)).unwrap();
-        let cancel = |w: &mut World, cookie| {
-            w.registry.cancel_exporter(w.app, export.handle, Cookie(cookie))
-        };
+        let cancel =
+            |w: &mut World, cookie| w.registry.cancel_handle(w.app, export.handle, Cookie(cookie));
         assert_eq!(cancel(&mut w, 7), Err(Status::NoEnt), "that is Bert's");
         assert_eq!(cancel(&mut w, 1), Ok(()));
         assert_eq!(w.done(), [(Origin::Vm(APP, 1), Status::Canceled)]);
@@ -1379,7 +1383,7 @@ mod sync {
     fn a_ring_bounds_waits_too() {
         let (mut w, export, anne, _) = shared();
         w.begin_lease(ANNE, anne, begin(ALL)).unwrap();
-        let full = w.registry.begin_exporter(w.app, export.handle, begin(READ), (7, 0), w.now);
+        let full = w.registry.begin_handle(w.app, export.handle, begin(READ), (7, 0), w.now);
         assert_eq!(full, Err(Status::Busy));
     }
 
@@ -1488,7 +1492,7 @@ mod peers {
         let mut w = friends();
         w.told();
         w.registry.close_session(w.ui);
-        let gone = w.registry.next_event(w.app, true).unwrap();
+        let gone = w.registry.next_event(w.app, WANTS).unwrap();
         assert_eq!((gone.kind, gone.peer), (EventKind::Peer, Some(UI)));
         assert!(!w.registry.peer_info(APP, 1).unwrap().online);
         w.ui = w.registry.open_session(UI, true).unwrap();
@@ -1500,9 +1504,9 @@ mod peers {
         let mut w = friends();
         w.registry.resync(APP);
         w.registry.close_session(w.ui);
-        let resync = w.registry.next_event(w.app, false).unwrap();
+        let resync = w.registry.next_event(w.app, Wants { peers: false, import: false }).unwrap();
         w.registry.event_told(w.app, resync);
-        assert_eq!(w.registry.next_event(w.app, false), None);
+        assert_eq!(w.registry.next_event(w.app, Wants { peers: false, import: false }), None);
     }
 
     #[test]
@@ -1510,10 +1514,10 @@ mod peers {
         let mut w = friends();
         w.told();
         w.registry.close_session(w.ui);
-        let gone = w.registry.next_event(w.app, true).unwrap();
+        let gone = w.registry.next_event(w.app, WANTS).unwrap();
         w.ui = w.registry.open_session(UI, true).unwrap();
         w.registry.event_told(w.app, gone);
-        let back = w.registry.next_event(w.app, true).unwrap();
+        let back = w.registry.next_event(w.app, WANTS).unwrap();
         assert_eq!((back.peer, back.epoch), (Some(UI), w.registry.epoch(UI)));
     }
 }
@@ -1559,3 +1563,6 @@ mod deadlines {
         assert_eq!(w.registry.next_deadline(), None);
     }
 }
+
+#[path = "importer_tests.rs"]
+mod importers;

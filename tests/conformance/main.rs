@@ -12,7 +12,11 @@ mod control;
 mod events;
 mod export;
 mod grant;
+mod import;
+mod map;
 mod memory;
+mod offers;
+mod pair;
 mod part;
 mod release;
 mod reset;
@@ -22,8 +26,9 @@ use std::io::{Seek, SeekFrom};
 use std::time::Duration;
 
 use bufshare::host::client::{Access as HostAccess, Client, Lease};
-use bufshare::protocol::{Mode, RespExport, Status};
+use bufshare::protocol::{Mode, RespExport, Status, feature, flag};
 use common::*;
+use pair::{Pair, pair, pair_with, quiet};
 use uuid::Uuid;
 
 /// One daemon with one guest: VM "a".

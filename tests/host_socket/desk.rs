@@ -141,14 +141,14 @@ impl Desk {
     pub fn begin_write(&self, handle: HandleId) {
         let sync = SyncRequest { nonblock: true, ..whole(Access::WRITE) };
         self.hub
-            .with(|registry, now| registry.begin_exporter(self.session, handle, sync, (0, 9), now))
+            .with(|registry, now| registry.begin_handle(self.session, handle, sync, (0, 9), now))
             .unwrap();
     }
 
     /// END|WRITE of the exporter; the generation.
     pub fn end_write(&self, handle: HandleId) -> u64 {
         let sync = whole(Access::WRITE);
-        let ended = self.hub.with(|registry, _| registry.end_exporter(self.session, handle, sync));
+        let ended = self.hub.with(|registry, _| registry.end_handle(self.session, handle, sync));
         self.hub.finish_end(ended.unwrap()).unwrap()
     }
 }

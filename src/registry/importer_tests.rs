@@ -1,0 +1,323 @@
+//! The registry's promises to importers and about them.
+
+use super::*;
+use crate::limits::{MAX_ATTACHMENTS, MAX_COPY_MAPPINGS, MAX_MISSES_PER_SECOND};
+
+const IMPORT: Wants = Wants { peers: false, import: true };
+
+/// "app" may share with "ui".
+fn friends() -> World {
+    let mut w =
+        World::with(vec![Rule { from: Side::One(APP), to: Side::One(UI), read_only: false }]);
+    for session in [w.app, w.ui] {
+        assert_eq!(w.registry.next_event(session, IMPORT), None);
+    }
+    w
+}
+
+impl World {
+    fn grant_ui(&mut self, export: Export) {
+        self.grant_request(export, |request| request.to = UI).unwrap();
+    }
+
+    fn try_attach(&mut self, uuid: Uuid, access: Access) -> Result<HandleId, Status> {
+        let request = AttachRequest { uuid, access, zero_copy: false };
+        Ok(self.registry.attach(self.ui, request, self.now)?.handle)
+    }
+
+    fn attach(&mut self, export: Export) -> HandleId {
+        self.try_attach(export.uuid, ALL).unwrap()
+    }
+
+    fn map_request(&self, handle: HandleId) -> MapRequest {
+        MapRequest { handle, offset: 0, len: PAGE, access: ALL }
+    }
+
+    fn map(&mut self, handle: HandleId) -> MappingId {
+        let ticket = self.registry.begin_map(self.ui, self.map_request(handle), false).unwrap();
+        self.registry.finish_map(ticket, Ok(self.memory.clone())).unwrap()
+    }
+
+    /// An export that "ui" attached and mapped.
+    fn shared(&mut self, mode: Mode) -> (Export, HandleId) {
+        let export = self.try_export(page(), None, mode).unwrap();
+        self.grant_ui(export);
+        let handle = self.attach(export);
+        self.map(handle);
+        (export, handle)
+    }
+
+    fn begin_ui(&mut self, handle: HandleId, bits: Access) -> Result<Begun, Status> {
+        self.registry.begin_handle(self.ui, handle, at_once(bits), (1, 100), self.now)
+    }
+
+    fn fill(&mut self, handle: HandleId) -> (CopyTicket, Copy<Rc<()>>) {
+        self.registry.fill(self.ui, handle, &begin(READ)).unwrap().expect("something to copy")
+    }
+
+    fn state_of(&mut self, handle: HandleId) -> State {
+        self.registry.query(self.ui, handle).unwrap().state
+    }
+
+    fn heard(&mut self, session: SessionId) -> Vec<(EventKind, Option<HandleId>)> {
+        let mut heard = Vec::new();
+        while let Some(event) = self.registry.next_event(session, IMPORT) {
+            self.registry.event_told(session, event);
+            heard.push((event.kind, event.handle));
+        }
+        heard
+    }
+}
+
+#[test]
+fn an_attachment_is_a_use() {
+    let mut w = friends();
+    let (export, handle) = w.shared(Mode::ZeroCopy);
+    assert_eq!((w.state(export), w.use_count(export)), (Ok(State::InUse), 1));
+    assert_eq!(w.heard(w.app), [(EventKind::Busy, Some(export.handle))]);
+    assert_eq!(w.registry.detach(w.ui, handle), Err(Status::Busy));
+    let mapping = MappingId(1);
+    assert_eq!(w.state_of(handle), State::Mapped);
+    assert_eq!(w.registry.unmap(w.app, mapping), Err(Status::NoEnt), "not the other VM's");
+    w.registry.unmap(w.ui, mapping).unwrap();
+    assert_eq!(w.state_of(handle), State::Attached);
+    w.registry.detach(w.ui, handle).unwrap();
+    assert_eq!(w.heard(w.app), [(EventKind::Idle, Some(export.handle))]);
+    assert_eq!(w.held(), 1, "the export's own");
+}
+
+#[test]
+fn a_copy_of_shared_pages_ends_with_the_loan() {
+    let mut w = friends();
+    let (export, handle) = w.shared(Mode::ZeroCopy);
+    assert_eq!(w.release(export, false).state, State::Released);
+    assert_eq!(w.state_of(handle), State::Revoked);
+    assert_eq!(w.registry.bytes_charged(), 0);
+    assert!(w.heard(w.ui).contains(&(EventKind::Revoked, Some(handle))));
+    w.registry.detach(w.ui, handle).unwrap();
+    assert_eq!((w.held(), w.registry.buffer_count()), (0, 0));
+}
+
+#[test]
+fn a_private_copy_outlives_the_loan_but_takes_nothing_back() {
+    let mut w = friends();
+    let (export, handle) = w.shared(Mode::Copy);
+    assert_eq!(w.release(export, false).state, State::Released);
+    assert_eq!(w.state_of(handle), State::Mapped);
+    assert_eq!(w.registry.bytes_charged(), PAGE, "the exporter made it");
+    assert_eq!(w.begin_ui(handle, READ), Ok(Begun::Now(0)));
+    let (ticket, _) = w.fill(handle);
+    w.registry.finish_copy(ticket, true);
+    let end = w.registry.end_handle(w.ui, handle, begin(WRITE));
+    assert_eq!(end.unwrap_err(), Status::Revoked);
+    w.registry.unmap(w.ui, MappingId(1)).unwrap();
+    w.registry.detach(w.ui, handle).unwrap();
+    assert_eq!((w.held(), w.registry.bytes_charged()), (0, 0));
+}
+
+#[test]
+fn pages_are_on_loan_until_the_copy_of_them_is_done() {
+    let mut w = friends();
+    let (export, handle) = w.shared(Mode::ZeroCopy);
+    w.begin_ui(handle, READ).unwrap();
+    let (ticket, copy) = w.fill(handle);
+    drop(copy);
+    assert_eq!(w.release(export, true).state, State::Releasing);
+    assert_eq!(w.heard(w.app), []);
+    w.registry.finish_copy(ticket, true);
+    assert_eq!(w.heard(w.app), [(EventKind::Released, Some(export.handle))]);
+}
+
+#[test]
+fn a_copy_in_progress_outlives_both_sessions() {
+    let mut w = friends();
+    let (_, handle) = w.shared(Mode::ZeroCopy);
+    w.begin_ui(handle, READ).unwrap();
+    let (ticket, copy) = w.fill(handle);
+    w.registry.close_session(w.ui);
+    w.registry.close_session(w.app);
+    assert_eq!(w.registry.lingering(APP), 1);
+    drop(copy);
+    w.registry.finish_copy(ticket, true);
+    assert_eq!((w.held(), w.registry.lingering(APP), w.registry.buffer_count()), (0, 0, 0));
+}
+
+#[test]
+fn a_copy_that_failed_leaves_no_bit_behind() {
+    let mut w = friends();
+    let (export, handle) = w.shared(Mode::ZeroCopy);
+    w.begin_ui(handle, READ).unwrap();
+    let (ticket, _) = w.fill(handle);
+    assert_eq!(w.begin_exporter(export, at_once(WRITE)), Err(Status::Again));
+    w.registry.finish_copy(ticket, false);
+    assert_eq!(w.begin_exporter(export, at_once(WRITE)), Ok(Begun::Now(0)));
+}
+
+#[test]
+fn only_what_is_both_mapped_and_asked_for_moves() {
+    let mut w = friends();
+    let what = Description { size: 4 * PAGE, ..page() };
+    let export = w.try_export(what, None, Mode::Copy).unwrap();
+    w.grant_ui(export);
+    let handle = w.attach(export);
+    for (offset, len, access) in [(0, 2, ALL), (PAGE, 3, READ), (3 * PAGE, 1, WRITE), (0, 1, WRITE)]
+    {
+        let request = MapRequest { handle, offset, len: len * PAGE, access };
+        let ticket = w.registry.begin_map(w.ui, request, false).unwrap();
+        w.registry.finish_map(ticket, Ok(w.memory.clone())).unwrap();
+    }
+    let range = |bits| SyncRequest { offset: PAGE - 6, len: 16, ..at_once(bits) };
+    w.registry.begin_handle(w.ui, handle, range(ALL), (1, 100), w.now).unwrap();
+    let places = |copy: &Copy<Rc<()>>| -> Vec<_> {
+        let place = |one: &Move<Rc<()>>| (one.from.offset, one.to.offset, one.len);
+        copy.moves.iter().map(place).collect()
+    };
+    let (ticket, copy) = w.registry.fill(w.ui, handle, &range(ALL)).unwrap().unwrap();
+    assert_eq!(places(&copy), [(PAGE - 6, PAGE - 6, 16), (PAGE, 0, 10)]);
+    w.registry.finish_copy(ticket, true);
+    let ended = w.registry.end_handle(w.ui, handle, range(WRITE)).unwrap();
+    let Ended::Copy(ticket, copy) = ended else { panic!("{ended:?}") };
+    // To the private copy, then on to the exporter's pages.
+    let back = [(PAGE - 6, PAGE - 6, 16), (PAGE - 6, PAGE - 6, 6)];
+    assert_eq!(places(&copy), [back, back].concat());
+    let ways: Vec<_> = copy.moves.iter().map(|one| (one.from.view, one.to.view)).collect();
+    let (pages, content) = (View::Pages, View::Content);
+    assert_eq!(ways[..2], [(pages, content); 2]);
+    assert_eq!(ways[2..], [(content, pages); 2]);
+    assert_eq!(w.registry.finish_copy(ticket, true), 1);
+}
+
+#[test]
+fn force_takes_what_the_withdrawn_grant_stood_for() {
+    let mut w = friends();
+    let (export, handle) = w.shared(Mode::ZeroCopy);
+    let withdraw = |w: &mut World, to, force| {
+        let change = |request: &mut GrantRequest| {
+            (request.to, request.access, request.force) = (to, NONE, force);
+        };
+        w.grant_request(export, change).unwrap();
+    };
+    withdraw(&mut w, PeerId::ANY, true);
+    assert_eq!(w.state_of(handle), State::Mapped, "it has a grant of its own");
+    withdraw(&mut w, PeerId::HOST, true);
+    withdraw(&mut w, UI, false);
+    assert_eq!(w.state_of(handle), State::Mapped);
+    withdraw(&mut w, PeerId::ANY, true);
+    assert_eq!((w.state_of(handle), w.use_count(export)), (State::Revoked, 0));
+    assert_eq!(w.begin_ui(handle, READ), Err(Status::Revoked));
+}
+
+#[test]
+fn guesses_are_bounded_and_so_is_the_time_of_the_bound() {
+    let mut w = friends();
+    let (export, _) = w.shared(Mode::ZeroCopy);
+    for _ in 0..MAX_MISSES_PER_SECOND {
+        assert_eq!(w.try_attach(Uuid::nil(), ALL), Err(Status::NoEnt));
+    }
+    assert_eq!(w.try_attach(Uuid::nil(), ALL), Err(Status::Busy));
+    assert_eq!(w.try_attach(export.uuid, ALL), Err(Status::Busy), "a hit looks like a miss");
+    w.registry.close_session(w.ui);
+    w.ui = w.registry.open_session(UI, true).unwrap();
+    assert_eq!(w.try_attach(export.uuid, ALL), Err(Status::Busy), "a new session is no way out");
+    w.now += ms(1000);
+    w.attach(export);
+}
+
+#[test]
+fn attachments_and_mappings_are_bounded() {
+    let mut w = friends();
+    let (export, handle) = w.shared(Mode::ZeroCopy);
+    for _ in 1..MAX_ATTACHMENTS {
+        w.attach(export);
+    }
+    assert_eq!(w.try_attach(export.uuid, ALL), Err(Status::Quota));
+    for _ in 2..MAX_COPY_MAPPINGS {
+        w.map(handle);
+    }
+    let request = w.map_request(handle);
+    let last = w.registry.begin_map(w.ui, request, false).unwrap();
+    let past = w.registry.begin_map(w.ui, request, false);
+    assert_eq!(past.unwrap_err(), Status::Quota, "one that is being made counts");
+    assert_eq!(w.registry.finish_map(last, Err(Status::Fault)), Err(Status::Fault));
+    w.map(handle);
+    assert_eq!(w.registry.begin_map(w.ui, request, false).unwrap_err(), Status::Quota);
+}
+
+#[test]
+fn pages_found_for_an_attachment_that_died_are_given_up() {
+    for ends in [false, true] {
+        let mut w = friends();
+        let (export, handle) = w.shared(Mode::ZeroCopy);
+        let request = w.map_request(handle);
+        let ticket = w.registry.begin_map(w.ui, request, false).unwrap();
+        if ends {
+            w.registry.close_session(w.ui);
+        } else {
+            w.release(export, true);
+        }
+        let found = Ok(w.memory.clone());
+        assert_eq!(w.registry.finish_map(ticket, found), Err(Status::Revoked));
+        w.registry.close_session(w.app);
+        w.registry.close_session(w.ui);
+        assert_eq!((w.held(), w.registry.vms[&UI].mapped), (0, 0));
+    }
+}
+
+#[test]
+fn an_offer_that_goes_while_it_is_told_is_withdrawn_next() {
+    let mut w = friends();
+    let export = w.export();
+    w.grant_ui(export);
+    let offered = w.registry.next_event(w.ui, IMPORT).unwrap();
+    assert_eq!((offered.kind, offered.uuid), (EventKind::Offered, Some(export.uuid)));
+    w.release(export, false);
+    w.registry.event_told(w.ui, offered);
+    let gone = w.registry.next_event(w.ui, IMPORT).unwrap();
+    assert_eq!((gone.kind, gone.uuid), (EventKind::Withdrawn, Some(export.uuid)));
+    w.registry.event_told(w.ui, gone);
+    assert_eq!((w.heard(w.ui), w.registry.vms[&UI].offers.len()), (vec![], 0));
+}
+
+#[test]
+fn who_does_not_import_hears_nothing_and_costs_nothing() {
+    let mut w = World::with(vec![Rule { from: Side::Any, to: Side::Any, read_only: false }]);
+    w.told_to(w.ui);
+    let export = w.export();
+    w.grant_ui(export);
+    assert!(!w.registry.take_outbox().wake.contains(&UI));
+    assert_eq!((w.told_to(w.ui), w.registry.vms[&UI].offers.len()), (vec![], 0));
+    assert_eq!(w.heard(w.ui), [(EventKind::Offered, None)], "a driver that comes later does");
+}
+
+#[test]
+fn attach_and_detach_without_event_buffers_cost_nothing() {
+    let mut w = friends();
+    let export = w.export();
+    w.grant_ui(export);
+    for _ in 0..100 {
+        let handle = w.attach(export);
+        w.registry.end_handle(w.app, export.handle, begin(WRITE)).unwrap();
+        w.registry.detach(w.ui, handle).unwrap();
+    }
+    assert!(w.registry.vms[&UI].events.len() <= 1);
+    assert!(w.registry.vms[&APP].events.len() <= 1);
+}
+
+#[test]
+fn every_decision_is_on_record() {
+    let mut w = friends();
+    w.registry.take_outbox();
+    let (export, handle) = w.shared(Mode::ZeroCopy);
+    let uuid = export.uuid;
+    let _ = w.try_attach(Uuid::nil(), ALL);
+    w.release(export, true);
+    w.registry.detach(w.ui, handle).unwrap();
+    let (importer, exporter, access) = (UI, APP, ALL);
+    let expected = [
+        Audit::Granted { exporter, to: UI, uuid, access },
+        Audit::Attached { importer, exporter, uuid, access },
+        Audit::Denied { importer, uuid: Uuid::nil(), status: Status::NoEnt },
+        Audit::Revoked { importer, exporter, uuid },
+    ];
+    assert_eq!(w.registry.take_outbox().audit, expected);
+}

@@ -1,0 +1,96 @@
+//! What follows from operations on the registry, for the rest of the daemon. Pure.
+//!
+//! It knows what is to be done, not how or by whom.
+
+use std::collections::BTreeSet;
+
+use uuid::Uuid;
+
+use super::Origin;
+use crate::ids::{Access, BufferKey, ClientId, LeaseId, PeerId};
+use crate::protocol::Status;
+
+/// What the rest of the daemon has to do after an operation, with the lock released.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Outbox<H> {
+    /// VMs with an event to deliver.
+    pub wake: BTreeSet<PeerId>,
+    /// Waits that ended.
+    pub done: Vec<Done>,
+    /// News for host clients.
+    pub notices: Vec<Notice>,
+    /// Memory that is no longer needed.
+    pub drop: Vec<H>,
+    /// Buffers whose foreign references must be counted now.
+    pub observe: BTreeSet<BufferKey>,
+    /// A deadline may have come nearer.
+    pub clock: bool,
+    /// Decisions about rights.
+    pub audit: Vec<Audit>,
+}
+
+impl<H> Default for Outbox<H> {
+    fn default() -> Self {
+        Outbox {
+            wake: BTreeSet::new(),
+            done: Vec::new(),
+            notices: Vec::new(),
+            drop: Vec::new(),
+            observe: BTreeSet::new(),
+            clock: false,
+            audit: Vec::new(),
+        }
+    }
+}
+
+/// A wait that ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Done {
+    /// Whom to tell.
+    pub origin: Origin,
+    /// How it ended.
+    pub status: Status,
+    /// Generation of the content.
+    pub generation: u64,
+}
+
+/// News about a buffer that the host may use, or could.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Notice {
+    /// The host may acquire it.
+    Offered(Uuid),
+    /// The host may no longer acquire it.
+    Withdrawn(Uuid),
+    /// Its content was declared complete again, by this client or by the exporter.
+    Changed {
+        /// Which.
+        uuid: Uuid,
+        /// How often so far.
+        generation: u64,
+        /// Who need not be told.
+        writer: Option<ClientId>,
+    },
+    /// A lease is dead; what is left is to hand it back.
+    Revoked {
+        /// Whose.
+        client: ClientId,
+        /// Which.
+        lease: LeaseId,
+        /// Of what.
+        uuid: Uuid,
+    },
+}
+
+/// A decision about rights, for the operator.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum Audit {
+    /// GRANT; no access is a withdrawal.
+    Granted { exporter: PeerId, to: PeerId, uuid: Uuid, access: Access },
+    /// ATTACH.
+    Attached { importer: PeerId, exporter: PeerId, uuid: Uuid, access: Access },
+    /// ATTACH that was refused: the UUID is what the importer said, right or wrong.
+    Denied { importer: PeerId, uuid: Uuid, status: Status },
+    /// An attachment lost its rights.
+    Revoked { importer: PeerId, exporter: PeerId, uuid: Uuid },
+}
