@@ -24,8 +24,8 @@ pub struct Args {
     /// max-exports=N, max-bytes=N, unsealed-ram, on-stop=revoke. Repeat it for more VMs
     #[arg(long = "vm", value_name = "KEYS")]
     pub vms: Vec<String>,
-    /// Let FROM share with TO: names of VMs, `host` or `*`; `:ro` gives TO copies only. Default:
-    /// every VM may share with the host
+    /// Let FROM share with TO: names of VMs, `host` or `*`; `:ro` gives TO copies only. Where no rule
+    /// applies, a VM may share with the host and with nobody else
     #[arg(long = "allow", value_name = "FROM:TO[:ro]")]
     pub allow: Vec<String>,
     /// Read the same settings from a TOML file; the command line adds to it
@@ -37,7 +37,7 @@ pub struct Args {
     /// A user besides root and the daemon's own who may use the host socket
     #[arg(long, value_name = "UID")]
     pub host_uid: Option<u32>,
-    /// auto, off, a path, or fd:N
+    /// Where zero copies come from: auto (/dev/udmabuf if it can be opened), off, a path, or fd:N
     #[arg(long, value_name = "SOURCE")]
     pub udmabuf: Option<String>,
     /// Refuse exports that could only be copied

@@ -23,7 +23,7 @@ use device::Device;
 
 /// Draws into buffers of this guest and shares them.
 #[derive(Debug, Parser)]
-#[command(version)]
+#[command(version, name = "bufshare-guest")]
 struct Args {
     /// The device.
     #[arg(long, global = true, value_name = "PATH", default_value = "/dev/bufshare0")]

@@ -38,7 +38,7 @@ const LETTING_GO: Duration = Duration::from_millis(500);
 
 /// Shows a buffer that a virtual machine offers, in a window of this host's Wayland compositor.
 #[derive(Debug, Parser)]
-#[command(version)]
+#[command(version, name = "bufshare-present")]
 struct Args {
     /// The buffer to show; with --wait alone: the first picture that is offered.
     #[arg(value_name = "UUID|NAME", required_unless_present = "wait")]

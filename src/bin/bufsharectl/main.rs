@@ -19,7 +19,7 @@ use thiserror::Error;
 
 /// Looks at the buffers that virtual machines offer to this host.
 #[derive(Debug, Parser)]
-#[command(version)]
+#[command(version, name = "bufsharectl")]
 struct Args {
     /// The daemon's host socket.
     #[arg(long, global = true, value_name = "PATH", env = "BUFSHARE_HOST_SOCKET",
