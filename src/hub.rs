@@ -5,6 +5,8 @@
 //! are counted, with the lock released. When a VM or client disconnects, what it leaves is settled by
 //! the registry and told to the others from here.
 
+mod copies;
+
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io;
@@ -21,8 +23,7 @@ use crate::metrics::Metrics;
 use crate::policy::Policy;
 use crate::protocol::Status;
 use crate::registry::{
-    Acquired, Audit, Begun, BufferInfo, Copy, CopyTicket, Done, Ended, Move, Notice, Origin,
-    Outbox, Place, Registry, SyncRequest, View,
+    Acquired, Audit, Begun, BufferInfo, Done, Notice, Origin, Outbox, Registry, SyncRequest,
 };
 use crate::throttle::Throttle;
 use crate::throttled;
@@ -117,14 +118,6 @@ pub fn consume(wake: &File) {
     let mut count = [0; 8];
     // EAGAIN: a spurious wake-up.
     let _ = rustix::io::read(wake, &mut count);
-}
-
-fn carry(one: &Move<Memory>) -> io::Result<u64> {
-    let segments = |place: &Place<Memory>| match place.view {
-        View::Pages => place.memory.part(place.offset, one.len),
-        View::Content => place.memory.content(place.offset, one.len),
-    };
-    crate::dmabuf::copy(&segments(&one.from)?, &segments(&one.to)?)
 }
 
 impl Hub {
@@ -357,26 +350,6 @@ impl Hub {
     ) -> Result<u64, Status> {
         let ended = self.with(|registry, _| registry.end_access(client, lease, sync))?;
         self.finish_end(ended)
-    }
-
-    /// Carries out the copy that an END asks for. IO where it failed.
-    pub fn finish_end(&self, ended: Ended<Memory>) -> Result<u64, Status> {
-        match ended {
-            Ended::Now(generation) => Ok(generation),
-            Ended::Copy(ticket, copy) => self.carry_out(ticket, copy),
-        }
-    }
-
-    /// Carries out a copy and finishes what it belongs to. Returns the generation; IO where it failed.
-    pub fn carry_out(&self, ticket: CopyTicket, copy: Copy<Memory>) -> Result<u64, Status> {
-        let copied: io::Result<u64> = copy.moves.iter().map(carry).sum();
-        drop(copy);
-        match &copied {
-            Ok(bytes) => self.metrics.bytes_copied.add(*bytes),
-            Err(error) => throttled!(self.throttle, Warn, "a copy failed: {error}"),
-        }
-        let generation = self.with(|registry, _| registry.finish_copy(ticket, copied.is_ok()));
-        copied.map(|_| generation).ok().ok_or(Status::Io)
     }
 
     /// CANCEL of a client's BEGIN.

@@ -1,5 +1,5 @@
 //! The daemon's figures beside the bare system calls, measured by turns in one run: as ratios they
-//! hold on any machine. `cargo bench --bench figures [query] [export] [frame]`; `benches/run` adds a
+//! hold on any machine. `cargo bench --bench figures [query] [export] [frame] [peers]`; `benches/run` adds a
 //! host that has udmabuf.
 //!
 //! It judges nothing but budgets: a figure over its budget is printed as such and fails nothing.
@@ -9,6 +9,7 @@ mod common;
 mod driver;
 mod export;
 mod frame;
+mod peers;
 mod place;
 mod table;
 
@@ -44,9 +45,12 @@ fn main() -> ExitCode {
     let wanted: Vec<String> =
         std::env::args().skip(1).filter(|arg| !arg.starts_with('-')).collect();
     table::heading();
-    for (name, figures) in
-        [("query", query as fn()), ("export", export::figures), ("frame", frame::figures)]
-    {
+    for (name, figures) in [
+        ("query", query as fn()),
+        ("export", export::figures),
+        ("frame", frame::figures),
+        ("peers", peers::figures),
+    ] {
         if wanted.is_empty() || wanted.iter().any(|wanted| wanted == name) {
             figures();
         }
