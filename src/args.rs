@@ -61,6 +61,7 @@ struct FileConfig {
     host_uid: Option<u32>,
     udmabuf: Option<String>,
     require_zero_copy: bool,
+    sandbox: Option<bool>,
 }
 
 /// Where a VMM connects.
@@ -155,7 +156,7 @@ impl Args {
             host_uid: self.host_uid.or(file.host_uid),
             udmabuf: udmabuf.map_or(Ok(Source::Auto), |text| parse_udmabuf(text))?,
             require_zero_copy: self.require_zero_copy || file.require_zero_copy,
-            sandbox: self.sandbox == "on",
+            sandbox: self.sandbox == "on" && file.sandbox != Some(false),
             vms,
         })
     }

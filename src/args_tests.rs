@@ -58,7 +58,7 @@ fn errors_name_the_word_and_the_remedy() {
 fn a_file_says_the_same_as_the_command_line() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("c.toml");
-    let text = "allow = [\"a:host:ro\"]\nhost-socket = \"/h\"\nudmabuf = \"off\"\n\
+    let text = "allow = [\"a:host:ro\"]\nhost-socket = \"/h\"\nudmabuf = \"off\"\nsandbox = false\n\
                 [[vm]]\nname = \"a\"\nsocket = \"/a\"\nmax-exports = 9\nunsealed-ram = true\n";
     std::fs::write(&path, text).unwrap();
     let found = settings(&["--config", path.to_str().unwrap()]).unwrap();
@@ -71,9 +71,12 @@ fn a_file_says_the_same_as_the_command_line() {
         "off",
         "--host-socket",
         "/h",
+        "--sandbox",
+        "off",
     ])
     .unwrap();
     assert_eq!((found.vms, found.rules), (words.vms, words.rules));
+    assert_eq!((found.sandbox, words.sandbox), (false, false));
     assert_eq!((found.host_socket, found.udmabuf), (words.host_socket, words.udmabuf));
     std::fs::write(&path, "vms = 1\n").unwrap();
     assert!(settings(&["--config", path.to_str().unwrap()]).is_err());

@@ -2,10 +2,32 @@
 //!
 //! It knows what a driver is told, not when it reads it.
 
+use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::bindings::virtio_ring::{
+    VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
+};
+
 use crate::hub::Hub;
 use crate::ids::PeerId;
 use crate::limits;
 use crate::protocol::{Config, feature};
+
+const VHOST_USER_F_PROTOCOL_FEATURES: u32 = 30;
+
+/// Every feature bit that the device offers.
+pub fn features() -> u64 {
+    [
+        VIRTIO_F_VERSION_1,
+        VIRTIO_RING_F_EVENT_IDX,
+        VIRTIO_RING_F_INDIRECT_DESC,
+        VHOST_USER_F_PROTOCOL_FEATURES,
+        feature::IMPORT,
+        feature::COPY,
+        feature::PEERS,
+    ]
+    .iter()
+    .fold(0, |bits, bit| bits | 1 << bit)
+}
 
 /// The configuration as a driver that accepts `features` reads it. `unknown` says that what an earlier
 /// session left behind is not known yet.

@@ -23,10 +23,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use log::{error, warn};
 use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
 use vhost_user_backend::{VhostUserBackend, VringT};
-use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
-use virtio_bindings::bindings::virtio_ring::{
-    VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
-};
 use virtio_queue::QueueT;
 use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
@@ -51,7 +47,6 @@ use crate::throttled;
 
 /// Number of the wake-up among the worker's events; the framework owns those up to the queue count.
 pub const WAKE: u64 = vq::COUNT as u64 + 1;
-const VHOST_USER_F_PROTOCOL_FEATURES: u32 = 30;
 
 /// What the operator says of a VM's device.
 #[derive(Debug, Clone)]
@@ -317,17 +312,7 @@ impl VhostUserBackend for Device {
     }
 
     fn features(&self) -> u64 {
-        [
-            VIRTIO_F_VERSION_1,
-            VIRTIO_RING_F_EVENT_IDX,
-            VIRTIO_RING_F_INDIRECT_DESC,
-            VHOST_USER_F_PROTOCOL_FEATURES,
-            feature::IMPORT,
-            feature::COPY,
-            feature::PEERS,
-        ]
-        .iter()
-        .fold(0, |bits, bit| bits | 1 << bit)
+        config_space::features()
     }
 
     fn acked_features(&self, features: u64) {

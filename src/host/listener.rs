@@ -36,7 +36,7 @@ pub enum ListenError {
         path = path.display()
     )]
     Occupied { path: PathBuf },
-    #[error("--host-socket {path}: cannot listen: {source}; {hint}", path = path.display())]
+    #[error("--host-socket {path}: cannot listen; {hint}", path = path.display())]
     Listen { path: PathBuf, source: io::Error, hint: &'static str },
 }
 

@@ -15,7 +15,7 @@ use crate::dmabuf::FdKind;
 use crate::hub::{Hub, Memory};
 use crate::ids::{Access, ClientId, Cookie, LeaseId, PeerId};
 use crate::limits::{MAX_CLIENT_WAITS, MAX_LEASES, MAX_WAIT};
-use crate::protocol::{Mode, NAME_LEN, Status, flag};
+use crate::protocol::{NAME_LEN, Status, flag};
 use crate::registry::{Begun, BufferInfo, SyncRequest};
 
 /// A client as others see it.
@@ -213,7 +213,6 @@ impl Session {
         let zero_copy = request.hdr.flags.get() & wire::flag::ACQUIRE_ZERO_COPY != 0;
         let uuid = Uuid::from_bytes(request.uuid);
         let got = hub.host_acquire(self.client, uuid, access, zero_copy)?;
-        let writable = access.write || got.info.mode == Mode::ZeroCopy;
         let answer = wire::RespAcquire {
             hdr: ok(&request.hdr),
             lease: got.lease.0.into(),
@@ -225,7 +224,8 @@ impl Session {
             }
             .to_wire()
             .into(),
-            flags: (if writable && !access.write { wire::flag::LEASE_WRITABLE } else { 0 }).into(),
+            // Neither udmabuf nor a sealed memfd can be had read-only.
+            flags: (if access.write { 0 } else { wire::flag::LEASE_WRITABLE }).into(),
             buffer: record(&got.info),
         };
         let mut bytes = answer.as_bytes().to_vec();

@@ -10,6 +10,7 @@ use clap::Args;
 use crate::{Extent, Failure, line};
 
 #[derive(Debug, Args)]
+#[group(required = true, multiple = true, args = ["output", "compare"])]
 pub struct Expected {
     /// card, bar or counter.
     #[arg(long, default_value = "card")]

@@ -44,11 +44,13 @@ enum Command {
     },
     /// Show everything about one buffer, and who holds it.
     Info {
+        /// As `list` shows it; a name must be the only one of its kind.
         #[arg(value_name = "UUID|NAME")]
         buffer: String,
     },
     /// Write the picture in a buffer to a PNG file, its channels as they are.
     Dump {
+        /// As `list` shows it; a name must be the only one of its kind.
         #[arg(value_name = "UUID|NAME")]
         buffer: String,
         /// `-` is standard output.
