@@ -37,6 +37,9 @@ pub const OBSERVE_MAX: Duration = Duration::from_millis(250);
 pub const MAX_ATTACHMENTS: u32 = 1024;
 /// Mappings of one VM onto its own pages at once.
 pub const MAX_COPY_MAPPINGS: u32 = 256;
+/// Bytes of one importer's mappings, where `max-bytes=` does not give it more: one BEGIN copies no more
+/// than these, and the exporter's RELEASED waits for it.
+pub const MAX_MAPPED: u64 = DEFAULT_MAX_TOTAL;
 /// ATTACHes of one VM in a second that may name nothing it has a right to: guessing is slow.
 pub const MAX_MISSES_PER_SECOND: u32 = 64;
 /// VMs of one daemon.

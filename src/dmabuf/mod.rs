@@ -135,11 +135,6 @@ impl DmaBufs {
         Ok(rustix::fs::openat(&self.fds, name, flags, rustix::fs::Mode::empty())?)
     }
 
-    /// Whether exports can be zero-copy at all.
-    pub fn zero_copy(&self) -> bool {
-        self.device.is_some()
-    }
-
     /// Segments of one dma-buf at most.
     pub fn max_segments(&self) -> u32 {
         self.device.as_ref().map_or(udmabuf::DEFAULT_LIST_LIMIT, |device| device.limits().segments)

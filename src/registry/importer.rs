@@ -11,7 +11,9 @@ use uuid::Uuid;
 use super::buffer::Use;
 use super::{Audit, HandleState, Holder, Phase, Registry, Topic};
 use crate::ids::{Access, AttachmentId, BufferKey, HandleId, MappingId, PeerId, SessionId};
-use crate::limits::{GRANULE, MAX_ATTACHMENTS, MAX_COPY_MAPPINGS, MAX_MISSES_PER_SECOND};
+use crate::limits::{
+    GRANULE, MAX_ATTACHMENTS, MAX_COPY_MAPPINGS, MAX_MAPPED, MAX_MISSES_PER_SECOND,
+};
 use crate::policy::Allowed;
 use crate::protocol::{Mode, NAME_LEN, State, Status};
 
@@ -327,7 +329,9 @@ impl<H: Clone> Registry<H> {
             return Err(Status::Range);
         }
         let vm = self.vm_mut(session)?;
-        if vm.mapped >= MAX_COPY_MAPPINGS {
+        let held = vm.attachments.values().flat_map(|held| &held.mappings);
+        let bytes = held.fold(request.len, |sum, mapping| sum.saturating_add(mapping.len));
+        if vm.mapped >= MAX_COPY_MAPPINGS || bytes > vm.quota.max_total_size.max(MAX_MAPPED) {
             return Err(Status::Quota);
         }
         vm.mapped += 1;

@@ -1,7 +1,7 @@
 //! The registry's promises to importers and about them.
 
 use super::*;
-use crate::limits::{MAX_ATTACHMENTS, MAX_COPY_MAPPINGS, MAX_MISSES_PER_SECOND};
+use crate::limits::{MAX_ATTACHMENTS, MAX_COPY_MAPPINGS, MAX_MAPPED, MAX_MISSES_PER_SECOND};
 
 const IMPORT: Wants = Wants { peers: false, import: true };
 
@@ -221,6 +221,25 @@ fn guesses_are_bounded_and_so_is_the_time_of_the_bound() {
     assert_eq!(w.try_attach(export.uuid, ALL), Err(Status::Busy), "a new session is no way out");
     w.now += ms(1000);
     w.attach(export);
+}
+
+#[test]
+fn what_one_begin_copies_is_bounded() {
+    let mut w = friends();
+    w.registry.vms.get_mut(&APP).unwrap().quota.max_total_size = MAX_MAPPED;
+    let half = MAX_MAPPED / 2;
+    let what = Description { size: half, ..page() };
+    let export = w.try_export(what, None, Mode::ZeroCopy).unwrap();
+    w.grant_ui(export);
+    let handle = w.attach(export);
+    let whole = MapRequest { len: half, ..w.map_request(handle) };
+    for _ in 0..2 {
+        let ticket = w.registry.begin_map(w.ui, whole, false).unwrap();
+        let memory = w.memory.clone();
+        w.registry.finish_map(ticket, Ok(memory)).unwrap();
+    }
+    let past = w.map_request(handle);
+    assert_eq!(w.registry.begin_map(w.ui, past, false).unwrap_err(), Status::Quota);
 }
 
 #[test]
