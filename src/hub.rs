@@ -6,6 +6,7 @@
 //! the registry and told to the others from here.
 
 mod copies;
+mod host;
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
@@ -17,14 +18,12 @@ use log::error;
 use uuid::Uuid;
 
 use crate::dmabuf::{Backing, DmaBufs};
-use crate::ids::{Access, BufferKey, ClientId, Cookie, LeaseId, PeerId, SessionId};
+use crate::ids::{BufferKey, ClientId, Cookie, PeerId, SessionId};
 use crate::limits::Quota;
 use crate::metrics::Metrics;
 use crate::policy::Policy;
 use crate::protocol::Status;
-use crate::registry::{
-    Acquired, Audit, Begun, BufferInfo, Done, Notice, Origin, Outbox, Registry, SyncRequest,
-};
+use crate::registry::{Audit, Done, Notice, Origin, Outbox, Registry};
 use crate::throttle::Throttle;
 use crate::throttled;
 
@@ -286,80 +285,6 @@ impl Hub {
     /// Ends a session.
     pub fn close_session(&self, session: SessionId) {
         self.with(|registry, _| registry.close_session(session));
-    }
-
-    // What the host socket needs.
-
-    /// Readable when [`take_host_news`](Self::take_host_news) has something, or a deadline may have
-    /// come nearer.
-    pub fn host_wake(&self) -> &File {
-        &self.host_wake
-    }
-
-    /// News since the last call.
-    pub fn take_host_news(&self) -> HostNews {
-        std::mem::take(&mut *lock(&self.news))
-    }
-
-    /// Does what is due, and says how long until something is due again. The host socket's thread is
-    /// the daemon's only clock.
-    pub fn tick(&self) -> Option<Duration> {
-        self.with(Registry::tick);
-        let next = self.read(Registry::next_deadline)?;
-        Some(next.saturating_sub(self.now()))
-    }
-
-    /// One of them.
-    pub fn host_info(&self, uuid: Uuid) -> Option<BufferInfo> {
-        self.read(|registry| registry.host_info(uuid))
-    }
-
-    /// ACQUIRE.
-    pub fn host_acquire(
-        &self,
-        client: ClientId,
-        uuid: Uuid,
-        access: Access,
-        zero_copy: bool,
-    ) -> Result<Acquired<Memory>, Status> {
-        self.with(|registry, now| registry.acquire(client, uuid, access, zero_copy, now))
-    }
-
-    /// RELEASE of a lease.
-    pub fn host_release(&self, client: ClientId, lease: LeaseId) -> Result<(), Status> {
-        self.with(|registry, _| registry.end_lease(client, lease))
-    }
-
-    /// BEGIN of a lease. Where it waits, [`HostNews::done`] tells the end under the request's cookie.
-    pub fn host_begin(
-        &self,
-        client: ClientId,
-        lease: LeaseId,
-        sync: SyncRequest,
-        full: bool,
-    ) -> Result<Begun, Status> {
-        self.with(|registry, now| registry.begin_lease(client, lease, sync, full, now))
-    }
-
-    /// END of a lease. Returns the generation.
-    pub fn host_end(
-        &self,
-        client: ClientId,
-        lease: LeaseId,
-        sync: SyncRequest,
-    ) -> Result<u64, Status> {
-        let ended = self.with(|registry, _| registry.end_access(client, lease, sync))?;
-        self.finish_end(ended)
-    }
-
-    /// CANCEL of a client's BEGIN.
-    pub fn host_cancel(&self, client: ClientId, cookie: Cookie) -> Result<(), Status> {
-        self.with(|registry, _| registry.cancel_client(client, cookie))
-    }
-
-    /// A client is gone.
-    pub fn client_gone(&self, client: ClientId) {
-        self.with(|registry, _| registry.client_gone(client));
     }
 
     /// Every counter and level with its name.

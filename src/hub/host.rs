@@ -1,0 +1,87 @@
+//! What the host socket needs of the hub: news, the clock, and each client's requests.
+//!
+//! It knows clients by number, not their sockets.
+
+use std::fs::File;
+use std::time::Duration;
+
+use uuid::Uuid;
+
+use super::{HostNews, Hub, Memory, lock};
+use crate::ids::{Access, ClientId, Cookie, LeaseId};
+use crate::protocol::Status;
+use crate::registry::{Acquired, Begun, BufferInfo, Registry, SyncRequest};
+
+impl Hub {
+    /// Readable when [`take_host_news`](Self::take_host_news) has something, or a deadline may have
+    /// come nearer.
+    pub fn host_wake(&self) -> &File {
+        &self.host_wake
+    }
+
+    /// News since the last call.
+    pub fn take_host_news(&self) -> HostNews {
+        std::mem::take(&mut *lock(&self.news))
+    }
+
+    /// Does what is due, and says how long until something is due again. The host socket's thread is
+    /// the daemon's only clock.
+    pub fn tick(&self) -> Option<Duration> {
+        self.with(Registry::tick);
+        let next = self.read(Registry::next_deadline)?;
+        Some(next.saturating_sub(self.now()))
+    }
+
+    /// One of them.
+    pub fn host_info(&self, uuid: Uuid) -> Option<BufferInfo> {
+        self.read(|registry| registry.host_info(uuid))
+    }
+
+    /// ACQUIRE.
+    pub fn host_acquire(
+        &self,
+        client: ClientId,
+        uuid: Uuid,
+        access: Access,
+        zero_copy: bool,
+    ) -> Result<Acquired<Memory>, Status> {
+        self.with(|registry, now| registry.acquire(client, uuid, access, zero_copy, now))
+    }
+
+    /// RELEASE of a lease.
+    pub fn host_release(&self, client: ClientId, lease: LeaseId) -> Result<(), Status> {
+        self.with(|registry, _| registry.end_lease(client, lease))
+    }
+
+    /// BEGIN of a lease. Where it waits, [`HostNews::done`] tells the end under the request's cookie.
+    pub fn host_begin(
+        &self,
+        client: ClientId,
+        lease: LeaseId,
+        sync: SyncRequest,
+        full: bool,
+    ) -> Result<Begun, Status> {
+        self.with(|registry, now| registry.begin_lease(client, lease, sync, full, now))
+    }
+
+    /// END of a lease. Returns the generation.
+    pub fn host_end(
+        &self,
+        client: ClientId,
+        lease: LeaseId,
+        sync: SyncRequest,
+    ) -> Result<u64, Status> {
+        let ended = self.with(|registry, _| registry.end_access(client, lease, sync))?;
+        self.finish_end(ended)
+    }
+
+    /// CANCEL of a client's BEGIN.
+    pub fn host_cancel(&self, client: ClientId, cookie: Cookie) -> Result<(), Status> {
+        self.with(|registry, _| registry.cancel_client(client, cookie))
+    }
+
+    /// A client is gone.
+    pub fn client_gone(&self, client: ClientId) {
+        self.with(|registry, _| registry.client_gone(client));
+    }
+}
