@@ -42,6 +42,8 @@ pub const MAX_COPY_MAPPINGS: u32 = 256;
 pub const MAX_MAPPED: u64 = DEFAULT_MAX_TOTAL;
 /// ATTACHes of one VM in a second that may name nothing it has a right to: guessing is slow.
 pub const MAX_MISSES_PER_SECOND: u32 = 64;
+/// Buffers that are looked at in one go for offers to a VM: others have to wait for it.
+pub const LOOKED_AT: usize = 256;
 /// VMs of one daemon.
 pub const MAX_VMS: usize = 256;
 /// Connections to the host socket at once.

@@ -104,8 +104,6 @@ pub struct Buffer<H> {
     pub(super) pool: Option<BufferKey>,
     pub(super) parts: u32,
     pub(super) grants: Vec<(PeerId, Grant)>,
-    /// A VM was granted something at some time.
-    pub(super) vm_granted: bool,
     pub(super) attachments: Vec<Use>,
     pub(super) leases: Vec<Lease>,
     /// The last of all its leases so far.
@@ -121,8 +119,6 @@ pub struct Buffer<H> {
     pub(super) told_generation: u64,
     /// The exporter was last told BUSY.
     pub(super) told_busy: bool,
-    /// In the exporter's queue of events.
-    pub(super) queued: bool,
     pub(super) sync: Option<Box<SyncState>>,
     /// Its entry among the deadlines.
     pub(super) due: Option<Duration>,

@@ -154,7 +154,9 @@ impl<H: Clone> Registry<H> {
         let handle = vm.new_handle();
         self.last_key += 1;
         let key = BufferKey(self.last_key);
-        self.vm_mut(session)?.handles.insert(handle, key);
+        let vm = self.vm_mut(session)?;
+        vm.handles.insert(handle, key);
+        vm.buffers.insert(key);
         self.by_uuid.insert(made.uuid, key);
         let buffer = Buffer {
             owner: session.peer,
@@ -167,7 +169,6 @@ impl<H: Clone> Registry<H> {
             pool,
             parts: 0,
             grants: Vec::new(),
-            vm_granted: false,
             attachments: Vec::new(),
             leases: Vec::new(),
             last_lease: None,
@@ -178,7 +179,6 @@ impl<H: Clone> Registry<H> {
             copies: 0,
             told_generation: 0,
             told_busy: false,
-            queued: false,
             sync: None,
             due: None,
         };
@@ -228,7 +228,9 @@ impl<H: Clone> Registry<H> {
                 (!request.lifetime.is_zero()).then(|| now.saturating_add(request.lifetime));
             let grant = Grant { access: request.access, once: request.once, expires };
             buffer.grants.push((request.to, grant));
-            buffer.vm_granted |= request.to != PeerId::HOST;
+            if request.to != PeerId::HOST {
+                self.granted.insert(key);
+            }
         }
         // ANY stands for those that have no grant of their own.
         let own: Vec<PeerId> = buffer.grants.iter().map(|(to, _)| *to).collect();
@@ -310,13 +312,12 @@ impl<H: Clone> Registry<H> {
         if index >= u64::from(self.vm(session)?.lingering) {
             return Err(Status::NoEnt);
         }
-        let lingers = |(_, buffer): &(&BufferKey, &Buffer<H>)| {
-            buffer.owner == session.peer && buffer.phase == Phase::Lingering
+        let lingers = |key: &&BufferKey| {
+            self.buffers.get(key).is_some_and(|buffer| buffer.phase == Phase::Lingering)
         };
-        let mut found: Vec<_> = self.buffers.iter().filter(lingers).collect();
-        found.sort_unstable_by_key(|(key, _)| **key);
-        let at = usize::try_from(index).ok().and_then(|index| found.get(index));
-        at.and_then(|(key, _)| self.state_of(**key)).ok_or(Status::NoEnt)
+        let own = self.vm(session)?.buffers.iter();
+        let at = usize::try_from(index).ok().and_then(|index| own.filter(lingers).nth(index));
+        at.and_then(|key| self.state_of(*key)).ok_or(Status::NoEnt)
     }
 
     /// SET_NAME.

@@ -32,8 +32,6 @@ pub struct Attachment<H> {
     /// What the importer knows of the content; of a dead one, what it was at last.
     pub(super) told_generation: u64,
     pub(super) mappings: Vec<Mapping<H>>,
-    /// In the importer's queue of events.
-    pub(super) queued: bool,
 }
 
 /// A range of a buffer on the importer's own pages.
@@ -148,7 +146,6 @@ impl<H: Clone> Registry<H> {
             told_revoked: false,
             told_generation: buffer.generation,
             mappings: Vec::new(),
-            queued: false,
         };
         vm.attachments.insert(handle, attachment);
         buffer.attachments.push(Use { id, importer, handle });
@@ -215,9 +212,7 @@ impl<H: Clone> Registry<H> {
     pub(super) fn drop_attachment(&mut self, importer: PeerId, handle: HandleId) {
         let Some(vm) = self.vms.get_mut(&importer) else { return };
         let Some(gone) = vm.attachments.remove(&handle) else { return };
-        if gone.queued {
-            vm.events.retain(|queued| *queued != Topic::Attachment(handle));
-        }
+        vm.events.remove(Topic::Attachment(handle));
         for mapping in gone.mappings {
             vm.mappings.remove(&mapping.id);
             vm.mapped = vm.mapped.saturating_sub(1);
@@ -268,12 +263,9 @@ impl<H: Clone> Registry<H> {
             return;
         }
         let Some(vm) = self.vms.get_mut(&importer).filter(|vm| vm.import) else { return };
-        let Some(held) = vm.attachments.get_mut(&handle).filter(|held| !held.queued) else {
-            return;
-        };
-        held.queued = true;
-        vm.events.push_back(Topic::Attachment(handle));
-        self.outbox.wake.insert(importer);
+        if vm.events.push(Topic::Attachment(handle)) {
+            self.outbox.wake.insert(importer);
+        }
     }
 
     /// What a VM does not know of its attachment: that it is dead, or another generation.

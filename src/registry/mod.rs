@@ -24,9 +24,10 @@ mod session;
 mod sync;
 #[cfg(test)]
 mod tests;
+mod topics;
 mod transfer;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Duration;
 
 use uuid::Uuid;
@@ -55,7 +56,7 @@ pub struct Look {
 }
 
 /// What an event is about.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Topic {
     /// The VM's own export.
     Export(BufferKey),
@@ -75,6 +76,8 @@ struct Vm<H> {
     next_handle: u64,
     /// Its exports.
     handles: HashMap<HandleId, BufferKey>,
+    /// Its buffers, those of ended sessions included.
+    buffers: BTreeSet<BufferKey>,
     attachments: HashMap<HandleId, Attachment<H>>,
     next_mapping: u64,
     mappings: HashMap<MappingId, HandleId>,
@@ -87,13 +90,15 @@ struct Vm<H> {
     import: bool,
     /// What it may attach, or was told that it may.
     offers: BTreeMap<BufferKey, offer::Offer>,
+    /// Behind which buffer to look on for what the VM may attach; `None`: all were looked at.
+    looked: Option<BufferKey>,
     /// Charged to the quota.
     exports: u32,
     bytes: u64,
     lingering: u32,
     waits: u32,
-    /// What has an event, oldest first.
-    events: VecDeque<Topic>,
+    /// What has an event.
+    events: topics::Topics,
     resync: bool,
     peers_changed: BTreeSet<PeerId>,
     /// How often one of these two was set: what is set while it is being told is told again.
@@ -115,6 +120,8 @@ pub struct Registry<H> {
     vms: BTreeMap<PeerId, Vm<H>>,
     buffers: HashMap<BufferKey, Buffer<H>>,
     by_uuid: BTreeMap<Uuid, BufferKey>,
+    /// Of which a VM was granted something at some time.
+    granted: BTreeSet<BufferKey>,
     clients: HashMap<ClientId, BTreeMap<LeaseId, BufferKey>>,
     /// What is due next of each buffer: a wait, a grant or a look at foreign references.
     deadlines: BTreeSet<(Duration, BufferKey)>,
@@ -141,6 +148,7 @@ impl<H: Clone> Registry<H> {
                     session: None,
                     next_handle: 1,
                     handles: HashMap::new(),
+                    buffers: BTreeSet::new(),
                     attachments: HashMap::new(),
                     next_mapping: 1,
                     mappings: HashMap::new(),
@@ -149,11 +157,12 @@ impl<H: Clone> Registry<H> {
                     misses_since: Duration::ZERO,
                     import: false,
                     offers: BTreeMap::new(),
+                    looked: None,
                     exports: 0,
                     bytes: 0,
                     lingering: 0,
                     waits: 0,
-                    events: VecDeque::new(),
+                    events: topics::Topics::default(),
                     resync: false,
                     peers_changed: BTreeSet::new(),
                     news: 0,
@@ -166,6 +175,7 @@ impl<H: Clone> Registry<H> {
             vms,
             buffers: HashMap::new(),
             by_uuid: BTreeMap::new(),
+            granted: BTreeSet::new(),
             clients: HashMap::new(),
             deadlines: BTreeSet::new(),
             last_key: 0,
@@ -317,11 +327,9 @@ impl<H: Clone> Registry<H> {
 
     /// Queues what is to be told to the exporter.
     fn queue_export(&mut self, key: BufferKey) {
-        let Some(buffer) = self.buffers.get_mut(&key) else { return };
+        let Some(buffer) = self.buffers.get(&key) else { return };
         let Some(vm) = self.vms.get_mut(&buffer.owner) else { return };
-        if buffer.has_event(vm.import) && !buffer.queued {
-            buffer.queued = true;
-            vm.events.push_back(Topic::Export(key));
+        if buffer.has_event(vm.import) && vm.events.push(Topic::Export(key)) {
             self.outbox.wake.insert(buffer.owner);
         }
     }
@@ -367,12 +375,11 @@ impl<H: Clone> Registry<H> {
         if let Some(vm) = self.vms.get_mut(&buffer.owner) {
             vm.exports = vm.exports.saturating_sub(1);
             vm.bytes = vm.bytes.saturating_sub(buffer.what.size);
-            if buffer.queued {
-                vm.events.retain(|queued| *queued != Topic::Export(key));
-            }
+            vm.buffers.remove(&key);
+            vm.events.remove(Topic::Export(key));
         }
         self.outbox.drop.extend(buffer.backing);
-        if buffer.vm_granted {
+        if self.granted.remove(&key) {
             self.refresh_offers(key);
         }
     }

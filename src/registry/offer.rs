@@ -2,10 +2,13 @@
 //!
 //! It knows what a VM was told and what holds now, not how it is told.
 
+use std::ops::Bound;
+
 use uuid::Uuid;
 
 use super::{EventKind, Registry, Topic};
 use crate::ids::{Access, BufferKey, HandleId, PeerId};
+use crate::limits::LOOKED_AT;
 
 /// A buffer that a VM may attach, or was told that it may.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -14,8 +17,6 @@ pub(super) struct Offer {
     pub(super) exporter: PeerId,
     /// What the VM was told last; `None`: nothing, or that it went away.
     pub(super) told: Option<Access>,
-    /// In the VM's queue of events.
-    pub(super) queued: bool,
 }
 
 impl<H: Clone> Registry<H> {
@@ -42,13 +43,11 @@ impl<H: Clone> Registry<H> {
             None => {
                 let Some(buffer) = buffer else { return };
                 let (uuid, exporter) = (buffer.uuid, buffer.owner);
-                vm.offers.insert(key, Offer { uuid, exporter, told: None, queued: false });
+                vm.offers.insert(key, Offer { uuid, exporter, told: None });
             }
             Some(offer) if now.is_none() && offer.told.is_none() => {
-                if offer.queued {
-                    vm.events.retain(|queued| *queued != Topic::Offer(key));
-                }
                 vm.offers.remove(&key);
+                vm.events.remove(Topic::Offer(key));
                 return;
             }
             Some(_) => {}
@@ -56,16 +55,14 @@ impl<H: Clone> Registry<H> {
         if self.offer_news(peer, key).is_none() {
             return;
         }
-        let Some(vm) = self.vms.get_mut(&peer) else { return };
-        let Some(offer) = vm.offers.get_mut(&key).filter(|offer| !offer.queued) else { return };
-        offer.queued = true;
-        vm.events.push_back(Topic::Offer(key));
-        self.outbox.wake.insert(peer);
+        if self.vms.get_mut(&peer).is_some_and(|vm| vm.events.push(Topic::Offer(key))) {
+            self.outbox.wake.insert(peer);
+        }
     }
 
     /// As [`refresh_offer`](Self::refresh_offer), for every VM.
     pub(super) fn refresh_offers(&mut self, key: BufferKey) {
-        if self.buffers.get(&key).is_some_and(|buffer| !buffer.vm_granted) {
+        if self.buffers.contains_key(&key) && !self.granted.contains(&key) {
             return;
         }
         let peers: Vec<PeerId> =
@@ -79,15 +76,9 @@ impl<H: Clone> Registry<H> {
     pub(super) fn tell_all(&mut self, peer: PeerId) {
         let Some(vm) = self.vms.get(&peer) else { return };
         let mut own: Vec<BufferKey> = vm.handles.values().copied().collect();
-        let granted = self.buffers.iter().filter(|(_, buffer)| buffer.vm_granted);
-        let mut open: Vec<BufferKey> = granted.map(|(key, _)| *key).collect();
         own.sort_unstable();
-        open.sort_unstable();
         for key in own {
             self.queue_export(key);
-        }
-        for key in open {
-            self.refresh_offer(peer, key);
         }
         self.retell(peer);
     }
@@ -100,17 +91,29 @@ impl<H: Clone> Registry<H> {
         }
         let mut attached: Vec<HandleId> = vm.attachments.keys().copied().collect();
         attached.sort_unstable();
-        let offers: Vec<BufferKey> = vm.offers.keys().copied().collect();
+        vm.looked = Some(BufferKey(0));
         for handle in attached {
             self.queue_attachment(peer, handle);
         }
-        for key in offers {
-            let live = !self.peer_access(key, peer).is_none();
-            let offer = self.vms.get_mut(&peer).and_then(|vm| vm.offers.get_mut(&key));
+        self.look_for_offers(peer);
+    }
+
+    /// Looks at some more of what was ever granted to VMs, for offers that are to be told again. All
+    /// VMs together may have offered more than one of them can be told while the others wait.
+    pub(super) fn look_for_offers(&mut self, peer: PeerId) {
+        let Some(from) = self.vms.get(&peer).and_then(|vm| vm.looked) else { return };
+        let later = self.granted.range((Bound::Excluded(from), Bound::Unbounded));
+        let some: Vec<BufferKey> = later.copied().take(LOOKED_AT).collect();
+        for key in &some {
+            let live = !self.peer_access(*key, peer).is_none();
+            let offer = self.vms.get_mut(&peer).and_then(|vm| vm.offers.get_mut(key));
             if let Some(offer) = offer.filter(|_| live) {
                 offer.told = None;
             }
-            self.refresh_offer(peer, key);
+            self.refresh_offer(peer, *key);
+        }
+        if let Some(vm) = self.vms.get_mut(&peer) {
+            vm.looked = some.last().copied().filter(|_| some.len() == LOOKED_AT);
         }
     }
 }

@@ -105,6 +105,7 @@ impl<H: Clone> Registry<H> {
         vm.handles.clear();
         vm.events.clear();
         vm.offers.clear();
+        vm.looked = None;
         let mut attached: Vec<HandleId> = vm.attachments.keys().copied().collect();
         attached.sort_unstable();
         for handle in attached {
@@ -114,13 +115,11 @@ impl<H: Clone> Registry<H> {
             // What is being mapped is given up when it is found.
             vm.mapped = 0;
         }
-        let mut keys: Vec<BufferKey> = self
-            .buffers
-            .iter()
-            .filter(|(_, buffer)| buffer.session == session)
-            .map(|(key, _)| *key)
-            .collect();
-        keys.sort_unstable();
+        let own = self.vms.get(&peer).map(|vm| vm.buffers.clone()).unwrap_or_default();
+        let ends = |key: &BufferKey| {
+            self.buffers.get(key).is_some_and(|buffer| buffer.session == session)
+        };
+        let keys: Vec<BufferKey> = own.into_iter().filter(ends).collect();
         for key in &keys {
             let before = self.host_access(*key);
             self.end_waits(*key, |waiter| match waiter.holder {
@@ -134,7 +133,6 @@ impl<H: Clone> Registry<H> {
             buffer.grants.clear();
             buffer.parts = 0;
             buffer.pool = None;
-            buffer.queued = false;
             if matches!(buffer.phase, Phase::Live | Phase::Releasing) {
                 buffer.phase = Phase::Lingering;
                 if let Some(vm) = self.vms.get_mut(&peer) {
@@ -194,13 +192,26 @@ impl<H: Clone> Registry<H> {
             let epoch = self.epoch(other);
             return Some(Event { kind: EventKind::Peer, peer: Some(other), epoch, ..blank });
         }
+        let mut looked = false;
         loop {
-            let topic = *self.vms.get(&peer)?.events.front()?;
+            let vm = self.vms.get(&peer)?;
+            let Some(topic) = vm.events.first() else {
+                if vm.looked.is_some() && !looked {
+                    self.look_for_offers(peer);
+                    looked = true;
+                    continue;
+                }
+                if vm.looked.is_some() {
+                    // Others get the registry in between.
+                    self.outbox.wake.insert(peer);
+                }
+                return None;
+            };
             if let Some(event) = self.event_of(peer, topic, blank) {
                 return Some(event);
             }
             // It became quiet again before it was told.
-            self.pop_topic(peer, topic);
+            self.vms.get_mut(&peer)?.events.remove(topic);
         }
     }
 
@@ -251,32 +262,6 @@ impl<H: Clone> Registry<H> {
         }
     }
 
-    /// Takes a topic off the queue, if it is the first; others queue behind it.
-    fn pop_topic(&mut self, peer: PeerId, topic: Topic) {
-        let Some(vm) = self.vms.get_mut(&peer) else { return };
-        if vm.events.front() != Some(&topic) {
-            return;
-        }
-        vm.events.pop_front();
-        match topic {
-            Topic::Export(key) => {
-                if let Some(buffer) = self.buffers.get_mut(&key) {
-                    buffer.queued = false;
-                }
-            }
-            Topic::Offer(key) => {
-                if let Some(offer) = vm.offers.get_mut(&key) {
-                    offer.queued = false;
-                }
-            }
-            Topic::Attachment(handle) => {
-                if let Some(held) = vm.attachments.get_mut(&handle) {
-                    held.queued = false;
-                }
-            }
-        }
-    }
-
     /// The event has been delivered.
     pub fn event_told(&mut self, session: SessionId, event: Event) {
         let Ok(vm) = self.vm_mut(session) else { return };
@@ -289,7 +274,7 @@ impl<H: Clone> Registry<H> {
                 vm.peers_changed.remove(&other);
             }
             (kind, _, Some(topic)) => {
-                self.pop_topic(session.peer, topic);
+                vm.events.remove(topic);
                 self.know(session.peer, topic, kind, event);
             }
             _ => {}
@@ -316,7 +301,7 @@ impl<H: Clone> Registry<H> {
                     return;
                 };
                 // It may have gone away while it was told.
-                let blank = Offer { uuid, exporter, told: None, queued: false };
+                let blank = Offer { uuid, exporter, told: None };
                 vm.offers.entry(key).or_insert(blank).told = told;
                 self.refresh_offer(peer, key);
             }
