@@ -294,6 +294,9 @@ impl Hub {
             list.push(("buffers".to_owned(), registry.buffer_count() as u64));
             list.push(("bytes_exported".to_owned(), registry.bytes_charged()));
             list.push(("leases".to_owned(), registry.lease_count() as u64));
+            let (attachments, mappings) = registry.import_count();
+            list.push(("attachments".to_owned(), attachments as u64));
+            list.push(("mappings".to_owned(), mappings as u64));
         });
         list
     }

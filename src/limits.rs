@@ -44,6 +44,10 @@ pub const MAX_MAPPED: u64 = DEFAULT_MAX_TOTAL;
 pub const MAX_MISSES_PER_SECOND: u32 = 64;
 /// Buffers that are looked at in one go for offers to a VM: others have to wait for it.
 pub const LOOKED_AT: usize = 256;
+/// Descriptors that one VM needs besides its exports: sockets, rings, wake-ups, and its memory.
+pub const FDS_PER_VM: u64 = 64;
+/// Descriptors of the daemon itself, with as many clients as it takes and what is on its way to them.
+pub const FDS_OF_DAEMON: u64 = 32 + 2 * MAX_CLIENTS as u64;
 /// VMs of one daemon.
 pub const MAX_VMS: usize = 256;
 /// Connections to the host socket at once.

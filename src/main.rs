@@ -65,8 +65,8 @@ fn complain(error: &dyn Error) {
 
 fn run(settings: Settings) -> Result<(), Box<dyn Error>> {
     ioctl::keep_freed_memory(limits::KEEP_FREED);
-    raise_fd_limit();
     let dmabufs = DmaBufs::new(&settings.udmabuf, settings.require_zero_copy)?;
+    raise_fd_limit(&settings, &dmabufs);
     let mut listeners = Vec::new();
     for vm in &settings.vms {
         listeners.push(listen(vm)?);
@@ -92,11 +92,20 @@ fn run(settings: Settings) -> Result<(), Box<dyn Error>> {
     Ok(Server::new(hub, host)?.run()?)
 }
 
-/// Each export is a descriptor.
-fn raise_fd_limit() {
+/// Each export is a descriptor or two. Says at once if all that the VMs may export will not fit.
+fn raise_fd_limit(settings: &Settings, dmabufs: &DmaBufs) {
     let limit = getrlimit(Resource::Nofile);
     if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
         log::warn!("the limit of open files stays at {:?}: {error}", limit.current);
+    }
+    let of = |vm: &Vm| u64::from(vm.quota.max_exports) * dmabufs.fds_per_export(vm.unsealed_ram);
+    let exports: u64 = settings.vms.iter().map(of).sum();
+    let needed = exports + settings.vms.len() as u64 * limits::FDS_PER_VM + limits::FDS_OF_DAEMON;
+    if let Some(most) = getrlimit(Resource::Nofile).current.filter(|most| *most < needed) {
+        log::warn!(
+            "at most {most} files can be open, and these VMs may need {needed}: beyond it EXPORT answers NOMEM; \
+             set LimitNOFILE={needed} (or `ulimit -Hn`), or a smaller max-exports= of each --vm"
+        );
     }
 }
 

@@ -34,9 +34,8 @@ pub enum FdKind {
 /// The memory of one export, or of one mapping.
 #[derive(Debug)]
 pub struct Backing {
-    /// What consumers get; a mapping has none.
+    /// The dma-buf that consumers get; a mapping and a copy without udmabuf have none.
     fd: Option<OwnedFd>,
-    kind: FdKind,
     /// The VM's pages.
     pages: Box<[FileSegment]>,
     /// The private copy, in COPY mode.
@@ -44,19 +43,14 @@ pub struct Backing {
 }
 
 impl Backing {
-    /// The descriptor for consumers: of exactly these pages or of a private copy.
-    pub fn fd(&self) -> Option<BorrowedFd<'_>> {
-        self.fd.as_ref().map(AsFd::as_fd)
-    }
-
     /// Pages that nobody else gets.
     pub fn of_pages(pages: Vec<FileSegment>) -> Backing {
-        Backing { fd: None, kind: FdKind::Memfd, pages: pages.into(), private: None }
+        Backing { fd: None, pages: pages.into(), private: None }
     }
 
-    /// What [`fd`](Self::fd) is.
+    /// What consumers get.
     pub fn kind(&self) -> FdKind {
-        self.kind
+        if self.fd.is_some() { FdKind::DmaBuf } else { FdKind::Memfd }
     }
 
     /// How bytes travel between the exporter and consumers.
@@ -127,9 +121,15 @@ impl DmaBufs {
         Ok(DmaBufs { device, fdinfo, fds, require_zero_copy })
     }
 
-    /// The same file, opened anew: status flags that a client sets on its descriptor, such as
-    /// O_APPEND, must not change what we write.
-    fn reopen(&self, memfd: &OwnedFd) -> io::Result<OwnedFd> {
+    /// A descriptor for one consumer: the dma-buf of exactly these pages or of the private copy. A
+    /// memfd is opened anew: status flags that a client sets on its own, such as O_APPEND, must not
+    /// change what we write.
+    pub fn for_consumer(&self, backing: &Backing) -> io::Result<OwnedFd> {
+        if let Some(fd) = &backing.fd {
+            return fd.try_clone();
+        }
+        let none = || io::Error::other("a mapping is for nobody else");
+        let memfd = backing.private.as_ref().ok_or_else(none)?;
         let flags = rustix::fs::OFlags::RDWR | rustix::fs::OFlags::CLOEXEC;
         let name = memfd.as_raw_fd().to_string();
         Ok(rustix::fs::openat(&self.fds, name, flags, rustix::fs::Mode::empty())?)
@@ -143,6 +143,11 @@ impl DmaBufs {
     /// Bytes of one dma-buf at most.
     pub fn max_size(&self) -> u64 {
         self.device.as_ref().map_or(u64::MAX, |device| device.limits().bytes)
+    }
+
+    /// Descriptors that one export takes; `copied`: it is always a copy.
+    pub fn fds_per_export(&self, copied: bool) -> u64 {
+        if copied && self.device.is_some() { 2 } else { 1 }
     }
 
     /// Makes the memory of an export: `size` bytes in these pages.
@@ -161,37 +166,24 @@ impl DmaBufs {
         {
             let fd = device.create(&pages).map_err(|error| refused(&error))?;
             label(fd.as_fd(), name);
-            return Ok((
-                Backing { fd: Some(fd), kind: FdKind::DmaBuf, pages, private: None },
-                Mode::ZeroCopy,
-            ));
+            return Ok((Backing { fd: Some(fd), pages, private: None }, Mode::ZeroCopy));
         }
         if wish.must_share || self.require_zero_copy {
             return Err(Status::Fault);
         }
         let private = copy::private(size).map_err(|error| refused(&error))?;
-        let wrapped =
-            self.device.as_ref().and_then(|device| device.wrap(private.as_fd(), size).ok());
-        let (fd, kind) = match wrapped {
-            Some(fd) => {
-                label(fd.as_fd(), name);
-                (fd, FdKind::DmaBuf)
-            }
-            None => {
-                let fd = self.reopen(&private).map_err(|error| refused(&error))?;
-                (fd, FdKind::Memfd)
-            }
-        };
+        let fd = self.device.as_ref().and_then(|device| device.wrap(private.as_fd(), size).ok());
+        if let Some(fd) = &fd {
+            label(fd.as_fd(), name);
+        }
         let private = Some(Arc::new(File::from(private)));
-        Ok((Backing { fd: Some(fd), kind, pages, private }, Mode::Copy))
+        Ok((Backing { fd, pages, private }, Mode::Copy))
     }
 
     /// Whether anybody but us holds the dma-buf: descriptors elsewhere or in flight, mappings,
     /// attachments. False for a memfd, where that cannot be seen.
     pub fn held_elsewhere(&self, backing: &Backing) -> io::Result<bool> {
-        let Some(fd) = backing.fd.as_ref().filter(|_| backing.kind == FdKind::DmaBuf) else {
-            return Ok(false);
-        };
+        let Some(fd) = &backing.fd else { return Ok(false) };
         let name = fd.as_raw_fd().to_string();
         let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::CLOEXEC;
         let file = rustix::fs::openat(&self.fdinfo, name, flags, rustix::fs::Mode::empty())?;

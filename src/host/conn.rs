@@ -160,7 +160,7 @@ impl Conn {
 
     fn flush(&mut self, hub: &Hub) -> Result<(), Gone> {
         while let Some(front) = self.queue.front() {
-            let fd = front.memory.as_ref().and_then(|(memory, _)| memory.fd());
+            let fd = front.memory.as_ref().map(|(fd, _)| fd.as_fd());
             match packet::send(&self.socket, &front.bytes, fd, Wait::Never) {
                 Ok(()) => {
                     self.queue.pop_front();
@@ -179,8 +179,8 @@ impl Conn {
         let Some(front) = self.queue.front_mut().filter(|_| lost) else {
             return Err(Gone::Failed(error));
         };
-        let Some((memory, lease)) = front.memory.take() else { return Err(Gone::Failed(error)) };
-        drop(memory);
+        let Some((fd, lease)) = front.memory.take() else { return Err(Gone::Failed(error)) };
+        drop(fd);
         let req = zerocopy::FromBytes::read_from_prefix(&front.bytes);
         let Ok((wire::Resp { kind, cookie, .. }, _)) = req else { return Err(Gone::Failed(error)) };
         *front = request::refusal(kind.get(), Status::NoMem, 0, cookie.get());

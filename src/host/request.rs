@@ -3,6 +3,7 @@
 //! It knows the protocol and the hub, not sockets or queues. A refusal changes nothing.
 
 use std::collections::HashMap;
+use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use uuid::Uuid;
@@ -12,7 +13,7 @@ use super::packet::Packet;
 use super::watch::Watch;
 use super::wire::{self, MAX_PACKET, Type};
 use crate::dmabuf::FdKind;
-use crate::hub::{Hub, Memory};
+use crate::hub::Hub;
 use crate::ids::{Access, ClientId, Cookie, LeaseId, PeerId};
 use crate::limits::{MAX_CLIENT_WAITS, MAX_LEASES, MAX_WAIT};
 use crate::protocol::{NAME_LEN, Status, flag};
@@ -62,8 +63,8 @@ impl From<Status> for Refusal {
 pub struct Outgoing {
     /// Its bytes.
     pub bytes: Vec<u8>,
-    /// The memory whose fd goes with it, and the lease that ends if it cannot be sent.
-    pub memory: Option<(Memory, LeaseId)>,
+    /// The fd that goes with it, and the lease that ends if it cannot be sent.
+    pub memory: Option<(OwnedFd, LeaseId)>,
 }
 
 /// What comes of a request.
@@ -230,7 +231,14 @@ impl Session {
         };
         let mut bytes = answer.as_bytes().to_vec();
         bytes.extend_from_slice(&got.info.what.metadata);
-        Ok(Answer::Now(Outgoing { bytes, memory: Some((got.backing, got.lease)) }))
+        match hub.dmabufs.for_consumer(&got.backing) {
+            Ok(fd) => Ok(Answer::Now(Outgoing { bytes, memory: Some((fd, got.lease)) })),
+            Err(error) => {
+                log::debug!("no descriptor for a lease: {error}");
+                hub.host_release(self.client, got.lease)?;
+                Err(Status::NoMem.into())
+            }
+        }
     }
 
     fn sync(&mut self, request: &wire::Sync, hub: &Hub) -> Result<Answer, Refusal> {

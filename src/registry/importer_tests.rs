@@ -1,7 +1,9 @@
 //! The registry's promises to importers and about them.
 
 use super::*;
-use crate::limits::{MAX_ATTACHMENTS, MAX_COPY_MAPPINGS, MAX_MAPPED, MAX_MISSES_PER_SECOND};
+use crate::limits::{
+    LOOKED_AT, MAX_ATTACHMENTS, MAX_COPY_MAPPINGS, MAX_MAPPED, MAX_MISSES_PER_SECOND,
+};
 
 const IMPORT: Wants = Wants { peers: false, import: true };
 
@@ -295,6 +297,45 @@ fn an_offer_that_goes_while_it_is_told_is_withdrawn_next() {
     assert_eq!((gone.kind, gone.uuid), (EventKind::Withdrawn, Some(export.uuid)));
     w.registry.event_told(w.ui, gone);
     assert_eq!((w.heard(w.ui), w.registry.vms[&UI].offers.len()), (vec![], 0));
+}
+
+/// Others get the registry in between, and what was not told yet takes no room.
+#[test]
+fn a_driver_that_comes_late_is_told_all_offers_a_few_at_a_time() {
+    let mut w =
+        World::with(vec![Rule { from: Side::One(APP), to: Side::One(UI), read_only: false }]);
+    let all = LOOKED_AT * 3;
+    let quota = &mut w.registry.vms.get_mut(&APP).unwrap().quota;
+    (quota.max_exports, quota.max_total_size) = (1000, u64::MAX);
+    let mut offered = Vec::new();
+    for i in 0..all {
+        let export = w.export();
+        w.grant_ui(export);
+        if (LOOKED_AT..2 * LOOKED_AT).contains(&i) {
+            w.release(export, false);
+        } else {
+            offered.push(Some(export.uuid));
+        }
+    }
+    let hear = |w: &mut World| {
+        let mut heard = Vec::new();
+        loop {
+            w.registry.take_outbox();
+            match w.registry.next_event(w.ui, IMPORT) {
+                Some(event) => {
+                    assert!(w.registry.vms[&UI].events.len() <= LOOKED_AT);
+                    heard.push(event.uuid);
+                    w.registry.event_told(w.ui, event);
+                }
+                None if w.registry.take_outbox().wake.contains(&UI) => {}
+                None => return heard,
+            }
+        }
+    };
+    assert_eq!(hear(&mut w), offered);
+    w.registry.resync(UI);
+    offered.insert(0, None);
+    assert_eq!(hear(&mut w), offered);
 }
 
 #[test]

@@ -206,6 +206,12 @@ impl<H: Clone> Registry<H> {
         self.clients.values().map(BTreeMap::len).sum()
     }
 
+    /// Attachments and mappings that importers have, dead ones that they keep included.
+    pub fn import_count(&self) -> (usize, usize) {
+        let of = |vm: &Vm<H>| (vm.attachments.len(), vm.mappings.len());
+        self.vms.values().map(of).fold((0, 0), |sum, of| (sum.0 + of.0, sum.1 + of.1))
+    }
+
     /// When [`tick`](Self::tick) is due next; `None` while nothing waits for time to pass.
     pub fn next_deadline(&self) -> Option<Duration> {
         self.deadlines.first().map(|(when, _)| *when)

@@ -116,9 +116,8 @@ impl<H: Clone> Registry<H> {
             vm.mapped = 0;
         }
         let own = self.vms.get(&peer).map(|vm| vm.buffers.clone()).unwrap_or_default();
-        let ends = |key: &BufferKey| {
-            self.buffers.get(key).is_some_and(|buffer| buffer.session == session)
-        };
+        let ends =
+            |key: &BufferKey| self.buffers.get(key).is_some_and(|buffer| buffer.session == session);
         let keys: Vec<BufferKey> = own.into_iter().filter(ends).collect();
         for key in &keys {
             let before = self.host_access(*key);
