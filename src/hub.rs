@@ -6,6 +6,7 @@
 //! the registry and told to the others from here.
 
 mod copies;
+mod heritage;
 mod host;
 
 use std::collections::{BTreeMap, HashMap};
@@ -89,6 +90,8 @@ pub struct Hub {
     news: Mutex<HostNews>,
     host_wake: File,
     start: Instant,
+    /// The registry's clock at that time: a predecessor's goes on.
+    clock: Duration,
     /// Makes memory for exports.
     pub dmabufs: DmaBufs,
     /// Who may share with whom.
@@ -141,6 +144,7 @@ impl Hub {
             news: Mutex::default(),
             host_wake: crate::ioctl::eventfd()?,
             start: Instant::now(),
+            clock: Duration::ZERO,
             dmabufs,
             policy,
             metrics: Metrics::default(),
@@ -148,9 +152,9 @@ impl Hub {
         })
     }
 
-    /// Time since the daemon's start: the registry's clock.
+    /// Time since the start of the daemon, or of its first predecessor: the registry's clock.
     pub fn now(&self) -> Duration {
-        self.start.elapsed()
+        self.clock + self.start.elapsed()
     }
 
     /// Runs one operation on the registry, then everything that follows from it.
