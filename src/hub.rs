@@ -6,7 +6,7 @@
 //! the registry and told to the others from here.
 
 mod copies;
-mod heritage;
+mod fences;
 mod host;
 
 use std::collections::{BTreeMap, HashMap};
@@ -89,9 +89,8 @@ pub struct Hub {
     ports: BTreeMap<PeerId, Port>,
     news: Mutex<HostNews>,
     host_wake: File,
+    fences: fences::Watched,
     start: Instant,
-    /// The registry's clock at that time: a predecessor's goes on.
-    clock: Duration,
     /// Makes memory for exports.
     pub dmabufs: DmaBufs,
     /// Who may share with whom.
@@ -143,8 +142,8 @@ impl Hub {
             ports,
             news: Mutex::default(),
             host_wake: crate::ioctl::eventfd()?,
+            fences: fences::Watched::new()?,
             start: Instant::now(),
-            clock: Duration::ZERO,
             dmabufs,
             policy,
             metrics: Metrics::default(),
@@ -152,9 +151,9 @@ impl Hub {
         })
     }
 
-    /// Time since the start of the daemon, or of its first predecessor: the registry's clock.
+    /// Time since the daemon's start: the registry's clock.
     pub fn now(&self) -> Duration {
-        self.clock + self.start.elapsed()
+        self.start.elapsed()
     }
 
     /// Runs one operation on the registry, then everything that follows from it.
@@ -178,9 +177,10 @@ impl Hub {
         loop {
             wake_host |= self.deliver(&mut outbox);
             drop(std::mem::take(&mut outbox.drop));
-            if outbox.observe.is_empty() {
+            if outbox.observe.is_empty() && outbox.fences.is_empty() {
                 break;
             }
+            let over = self.look_at_fences(std::mem::take(&mut outbox.fences));
             let mut found = Vec::new();
             for key in std::mem::take(&mut outbox.observe) {
                 let Some((look, memory)) = self.read(|registry| registry.look(key)) else {
@@ -192,6 +192,7 @@ impl Hub {
             for (look, held) in found {
                 registry.observed(look, held, self.now());
             }
+            over.into_iter().for_each(|(wait, status)| registry.fence_over(wait, status));
             outbox = registry.take_outbox();
         }
         if wake_host {
@@ -231,6 +232,7 @@ impl Hub {
         for done in std::mem::take(&mut outbox.done) {
             match done.origin {
                 Origin::Vm(peer, _) => {
+                    self.fences.forget(done.origin);
                     if let Some(port) = self.ports.get(&peer) {
                         lock(&port.done).push(done);
                         outbox.wake.insert(peer);

@@ -167,6 +167,14 @@ pub fn dma_buf_set_name(fd: BorrowedFd<'_>, name: &std::ffi::CStr) -> io::Result
     call(fd, iow(b'b', 1, 8), name.as_ptr().cast_mut().cast()).map(drop)
 }
 
+/// DMA_BUF_IOCTL_EXPORT_SYNC_FILE: a descriptor that is readable once the fences are over that the
+/// dma-buf has now, those of writers or with `write` all. ENOTTY where the kernel cannot.
+pub fn dma_buf_export_sync_file(fd: BorrowedFd<'_>, write: bool) -> io::Result<OwnedFd> {
+    // struct dma_buf_export_sync_file: flags (READ 1, WRITE 2), fd.
+    let mut arg = [if write { 2 } else { 1 }, u32::MAX];
+    ioctl_new_fd(fd, iowr(b'b', 2, 8), &mut arg, 4)
+}
+
 /// Takes over a descriptor that nobody else owns: one that this process inherited at start-up
 /// (`fd=N`), or one that was given up with `into_raw_fd`.
 ///

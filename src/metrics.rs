@@ -35,6 +35,8 @@ pub struct Metrics {
     pub bytes_copied: Counter,
     /// Looks at a dma-buf's references.
     pub observations: Counter,
+    /// BEGINs that waited for fences of the host.
+    pub fence_waits: Counter,
     /// Sessions of VMs.
     pub sessions: Counter,
     /// Responses by status.
@@ -58,6 +60,7 @@ impl Metrics {
             ("events", &self.events),
             ("bytes_copied", &self.bytes_copied),
             ("observations", &self.observations),
+            ("fence_waits", &self.fence_waits),
             ("sessions", &self.sessions),
         ];
         let fixed = fixed.into_iter().map(|(name, counter)| (name.to_owned(), counter.get()));

@@ -8,9 +8,8 @@
 
 mod channel;
 pub mod client;
-pub mod conn;
+mod conn;
 pub mod error;
-pub mod heirs;
 pub mod image;
 pub mod listener;
 pub mod packet;

@@ -121,28 +121,38 @@ impl<H: Clone> Registry<H> {
         }
         check(buffer, allowed, &request)?;
         let generation = buffer.generation;
-        if buffer.sync.as_ref().is_none_or(|sync| sync.may_begin(holder, request.bits)) {
-            buffer.sync().begin(holder, request.bits);
-            return Ok(Begun::Now(generation));
-        }
-        if request.nonblock {
-            return Err(Status::Again);
-        }
-        if full {
-            return Err(Status::Busy);
-        }
-        let deadline = now + request.timeout.min(MAX_WAIT);
-        buffer.sync().wait(Waiter {
+        let at_once = buffer.sync.as_ref().is_none_or(|sync| sync.may_begin(holder, request.bits));
+        let unless = match (request.nonblock, full) {
+            (true, _) => Some(Status::Again),
+            (false, true) => Some(Status::Busy),
+            (false, false) => None,
+        };
+        let waiter = Waiter {
             holder,
             want: request.bits,
-            deadline,
+            deadline: now + request.timeout.min(MAX_WAIT),
+            unless,
             cookie: request.cookie,
             origin,
-        });
+        };
+        let fences = self.meets_fences(key, origin);
+        let sync = self.buffers.get_mut(&key).ok_or(Status::NoEnt)?.sync();
+        match (at_once, unless) {
+            (true, _) if fences => {
+                sync.reserve(&waiter);
+                self.await_fences(key, waiter);
+            }
+            (true, _) => {
+                sync.begin(holder, request.bits);
+                return Ok(Begun::Now(generation));
+            }
+            (false, Some(status)) => return Err(status),
+            (false, None) => sync.wait(waiter),
+        }
         if let Origin::Vm(peer, _) = origin
             && let Some(vm) = self.vms.get_mut(&peer)
         {
-            vm.waits += 1;
+            vm.waits += u32::from(unless.is_none());
         }
         self.reschedule(key);
         Ok(Begun::Waits)
@@ -277,7 +287,10 @@ impl<H: Clone> Registry<H> {
     }
 
     pub(super) fn expire_waits(&mut self, key: BufferKey, now: Duration) {
-        self.end_waits(key, |waiter| (waiter.deadline <= now).then_some(Status::TimedOut));
+        let Some(buffer) = self.buffers.get_mut(&key) else { return };
+        let Some(sync) = &mut buffer.sync else { return };
+        let (out, served) = sync.expire(now);
+        self.done(key, out.into_iter().chain(served));
     }
 
     /// Holders are gone: their bits clear, the generation stays.
@@ -292,20 +305,38 @@ impl<H: Clone> Registry<H> {
         self.done(key, served);
     }
 
-    /// Reports waits that ended.
-    fn done(&mut self, key: BufferKey, waiters: impl IntoIterator<Item = (Waiter, Status)>) {
-        let Some(buffer) = self.buffers.get_mut(&key) else { return };
-        buffer.sync.take_if(|sync| sync.is_idle());
-        let generation = buffer.generation;
+    /// Reports waits that ended; of those that were given their bits, unless they meet fences.
+    pub(super) fn done(
+        &mut self,
+        key: BufferKey,
+        waiters: impl IntoIterator<Item = (Waiter, Status)>,
+    ) {
         for (waiter, status) in waiters {
-            if let Origin::Vm(peer, _) = waiter.origin
-                && let Some(vm) = self.vms.get_mut(&peer)
-            {
-                vm.waits = vm.waits.saturating_sub(1);
+            if status == Status::Ok && self.meets_fences(key, waiter.origin) {
+                self.await_fences(key, waiter);
+                continue;
             }
-            self.outbox.done.push(Done { origin: waiter.origin, status, generation });
+            if status == Status::Ok
+                && let Some(buffer) = self.buffers.get_mut(&key)
+            {
+                buffer.sync().keep(&waiter);
+            }
+            self.tell_end(key, waiter, status);
+        }
+        if let Some(buffer) = self.buffers.get_mut(&key) {
+            buffer.sync.take_if(|sync| sync.is_idle());
         }
         self.reschedule(key);
+    }
+
+    pub(super) fn tell_end(&mut self, key: BufferKey, waiter: Waiter, status: Status) {
+        if let Origin::Vm(peer, _) = waiter.origin
+            && let Some(vm) = self.vms.get_mut(&peer)
+        {
+            vm.waits = vm.waits.saturating_sub(u32::from(waiter.unless.is_none()));
+        }
+        let generation = self.buffers.get(&key).map_or(0, |buffer| buffer.generation);
+        self.outbox.done.push(Done { origin: waiter.origin, status, generation });
     }
 }
 

@@ -4,7 +4,6 @@
 
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::sync::SyncState;
@@ -12,7 +11,7 @@ use crate::ids::{Access, AttachmentId, BufferKey, ClientId, HandleId, LeaseId, P
 use crate::protocol::{Mode, NAME_LEN};
 
 /// What a buffer is for, as its exporter said.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Description {
     /// Bytes.
     pub size: u64,
@@ -38,7 +37,7 @@ pub struct Grant {
 }
 
 /// A host client's use of a buffer.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Lease {
     /// Its number.
     pub id: LeaseId,
@@ -193,13 +192,19 @@ impl<H> Buffer<H> {
 
     /// When time alone changes something: a wait, a grant, a look at foreign references.
     pub(super) fn next_due(&self) -> Option<Duration> {
-        let waits = self.sync.iter().flat_map(|sync| sync.waiters()).map(|waiter| waiter.deadline);
+        let waits = self.sync.iter().filter_map(|sync| sync.next_due());
         let grants = self.grants.iter().filter_map(|(_, grant)| grant.expires);
         let look = match self.foreign {
             Foreign::Held { next, .. } if self.leases.is_empty() => Some(next),
             _ => None,
         };
         waits.chain(grants).chain(look).min()
+    }
+
+    /// Whether devices of the host may have fences in the memory: who has had the dma-buf can leave
+    /// some behind.
+    pub(super) fn may_have_fences(&self) -> bool {
+        self.observable && self.last_lease.is_some() && self.backing.is_some()
     }
 
     /// Whether an event waits to be told to the exporter; `import`: it wants to hear of new content.

@@ -141,6 +141,11 @@ enum Op {
     CancelAttached {
         pick: usize,
     },
+    /// What somebody finds who looks at fences, or later that they are over.
+    Fence {
+        pick: usize,
+        found: Found,
+    },
     Look {
         pick: usize,
     },
@@ -159,6 +164,14 @@ enum Op {
     Time {
         ms: u64,
     },
+}
+
+/// What a look at the fences of a buffer finds.
+#[derive(Debug, Clone, Copy)]
+enum Found {
+    Over,
+    Pending,
+    Failed,
 }
 
 fn access() -> impl Strategy<Value = Access> {
@@ -246,6 +259,8 @@ fn op() -> impl Strategy<Value = Op> {
         14 => some.clone().prop_map(|pick| Op::Fill { pick }),
         10 => (some.clone(), sync()).prop_map(|(pick, sync)| Op::EndAttached { pick, sync }),
         1 => some.clone().prop_map(|pick| Op::CancelAttached { pick }),
+        30 => (some.clone(), prop::sample::select(vec![Found::Over, Found::Over, Found::Pending, Found::Failed]))
+            .prop_map(|(pick, found)| Op::Fence { pick, found }),
         12 => some.clone().prop_map(|pick| Op::Look { pick }),
         12 => some.prop_map(|look| Op::Seen { look }),
         8 => vm.clone().prop_map(|vm| Op::TakeEvent { vm }),
@@ -286,6 +301,10 @@ struct Export {
     offered: bool,
     bits: Vec<(Holder, Access)>,
     queue: Vec<Waiter>,
+    /// With their bits in front of fences, and whether those were looked at.
+    fenced: Vec<(Waiter, bool)>,
+    /// The host had the dma-buf.
+    fences: bool,
 }
 
 /// A VM's use of a buffer, as the VM knows it.
@@ -359,20 +378,46 @@ impl Export {
         }
     }
 
-    fn held(&self, holder: Holder) -> Access {
+    fn set(&self, holder: Holder) -> Access {
         self.bits.iter().find(|(who, _)| *who == holder).map_or(Access::NONE, |(_, bits)| *bits)
     }
 
-    fn free(&self, holder: Holder, want: Access) -> bool {
-        let others = self.bits.iter().filter(|(who, _)| *who != holder);
-        others.clone().all(|(_, bits)| !bits.write && (!want.write || !bits.read))
+    fn held(&self, holder: Holder) -> Access {
+        let fenced = self.fenced.iter().filter(|(waiter, _)| waiter.holder == holder);
+        fenced.fold(self.set(holder), |bits, (waiter, _)| bits.union(waiter.want))
     }
 
-    fn set(&mut self, holder: Holder, bits: Access) {
+    fn holders(&self) -> Vec<Holder> {
+        let set = self.bits.iter().map(|(who, _)| *who);
+        let mut all: Vec<_> = set.chain(self.fenced.iter().map(|(w, _)| w.holder)).collect();
+        all.sort_by_key(|who| format!("{who:?}"));
+        all.dedup();
+        all
+    }
+
+    fn free(&self, holder: Holder, want: Access) -> bool {
+        let others = self.holders().into_iter().filter(|who| *who != holder);
+        let mut bits = others.map(|who| self.held(who));
+        bits.all(|bits| !bits.write && (!want.write || !bits.read))
+    }
+
+    fn change(&mut self, holder: Holder, change: impl Fn(Access) -> Access) {
+        let bits = change(self.set(holder));
         self.bits.retain(|(who, _)| *who != holder);
         if !bits.is_none() {
             self.bits.push((holder, bits));
         }
+    }
+
+    /// A BEGIN is given its bits. Returns whether it keeps them: no fence is in its way.
+    fn give(&mut self, waiter: Waiter) -> bool {
+        let fences = self.fences && matches!(waiter.origin, Origin::Vm(..));
+        if fences {
+            self.fenced.push((waiter, false));
+        } else {
+            self.change(waiter.holder, |bits| bits.union(waiter.want));
+        }
+        !fences
     }
 
     /// Serves the queue from its head. A WRITE that has to wait holds back who holds nothing.
@@ -382,8 +427,9 @@ impl Export {
         for waiter in std::mem::take(&mut self.queue) {
             let held = self.held(waiter.holder);
             if self.free(waiter.holder, waiter.want) && !(writer && held.is_none()) {
-                self.set(waiter.holder, held.union(waiter.want));
-                served.push((waiter.origin, Status::Ok));
+                if self.give(waiter) {
+                    served.push((waiter.origin, Status::Ok));
+                }
             } else {
                 writer |= waiter.want.write;
                 self.queue.push(waiter);
@@ -398,19 +444,47 @@ impl Export {
         wait: impl Fn(&Waiter) -> Option<Status>,
         leaves: impl Fn(Holder) -> bool,
     ) -> Vec<(Origin, Status)> {
+        self.leave_after(|waiter, _| wait(waiter), leaves)
+    }
+
+    /// As [`leave`](Self::leave), knowing whose time runs.
+    fn leave_after(
+        &mut self,
+        wait: impl Fn(&Waiter, bool) -> Option<Status>,
+        leaves: impl Fn(Holder) -> bool,
+    ) -> Vec<(Origin, Status)> {
         let mut done = Vec::new();
-        self.queue.retain(|waiter| {
-            done.extend(wait(waiter).map(|status| (waiter.origin, status)));
-            wait(waiter).is_none()
-        });
+        let mut stays = |waiter: &Waiter, runs| {
+            done.extend(wait(waiter, runs).map(|status| (waiter.origin, status)));
+            wait(waiter, runs).is_none()
+        };
+        self.queue.retain(|waiter| stays(waiter, true));
+        self.fenced.retain(|(waiter, pending)| stays(waiter, *pending));
         self.bits.retain(|(holder, _)| !leaves(*holder));
         done.extend(self.serve());
         done
     }
 
+    /// What comes of a BEGIN that was judged.
+    fn begin(&mut self, at_once: bool, waiter: Waiter) -> Result<Begun> {
+        match (at_once, waiter.unless) {
+            (true, _) if self.give(waiter) => return Ok(Begun::Now(self.generation)),
+            (true, _) => {}
+            (false, Some(status)) => return Err(status),
+            (false, None) => self.queue.push(waiter),
+        }
+        Ok(Begun::Waits)
+    }
+
     fn revoke(&mut self) {
         self.revoked.extend(self.leases.keys());
     }
+}
+
+/// What a BEGIN ends with rather than wait.
+fn unless(sync: &SyncRequest, full: bool) -> Option<Status> {
+    let busy = full.then_some(Status::Busy);
+    if sync.nonblock { Some(Status::Again) } else { busy }
 }
 
 fn leased(holder: Holder) -> bool {
@@ -445,6 +519,8 @@ struct World {
     offers: BTreeMap<(PeerId, usize), Access>,
     wanted: BTreeSet<BufferKey>,
     looks: Vec<(Look, usize, bool, usize)>,
+    /// Fences that somebody looks at, or was told to wait for, also in vain.
+    fences: Vec<(FenceWait, usize, Option<Status>, bool)>,
     events: BTreeMap<PeerId, (SessionId, Event)>,
     /// VMs that must be told RESYNC.
     missed: BTreeSet<PeerId>,
@@ -479,6 +555,7 @@ impl World {
             offers: BTreeMap::new(),
             wanted: BTreeSet::new(),
             looks: Vec::new(),
+            fences: Vec::new(),
             events: BTreeMap::new(),
             missed: BTreeSet::new(),
             acquired: BTreeMap::new(),
@@ -790,7 +867,8 @@ impl World {
                 let index = self.pick(export)?;
                 let export = &self.exports[index];
                 let mine = |waiter: &&Waiter| waiter.holder == Holder::Exporter;
-                let cookie = export.queue.iter().find(mine).map(|waiter| waiter.cookie);
+                let fenced = export.fenced.iter().map(|(waiter, _)| waiter);
+                let cookie = export.queue.iter().chain(fenced).find(mine).map(|one| one.cookie);
                 let named = if all { Cookie(0) } else { cookie.unwrap_or(Cookie(u32::MAX)) };
                 let result = self.registry.cancel_handle(export.session, export.handle, named);
                 let expected = self.handle(index).and(cookie.ok_or(Status::NoEnt)).map(|_| ());
@@ -883,7 +961,9 @@ impl World {
                 let at = pick.checked_rem(self.attachments.len())?;
                 let held = &self.attachments[at];
                 let result = self.registry.cancel_handle(held.session, held.handle, Cookie(0));
-                let waits = self.exports[held.of].queue.iter().any(|w| w.holder == held.holder());
+                let export = &self.exports[held.of];
+                let fenced = export.fenced.iter().map(|(waiter, _)| waiter);
+                let waits = export.queue.iter().chain(fenced).any(|w| w.holder == held.holder());
                 let expected = match (held.revoked, waits) {
                     (true, _) => Err(Status::Revoked),
                     (_, false) => Err(Status::NoEnt),
@@ -893,6 +973,11 @@ impl World {
                 let hit = |w: &Waiter| (w.holder == held.holder()).then_some(Status::Canceled);
                 done.extend(self.exports[held.of].leave(hit, |_| false));
                 Some(result)
+            }
+            Op::Fence { pick, found } => {
+                let at = pick.checked_rem(self.fences.len())?;
+                self.fence(at, found, done);
+                None
             }
             Op::Look { pick } => {
                 let at = pick.checked_rem(self.wanted.len())?;
@@ -935,8 +1020,9 @@ impl World {
                 let now = self.now;
                 self.registry.tick(now);
                 for export in &mut self.exports {
-                    let due = |w: &Waiter| (w.deadline <= now).then_some(Status::TimedOut);
-                    done.extend(export.leave(due, |_| false));
+                    let due =
+                        |w: &Waiter, runs| (runs && w.deadline <= now).then_some(Status::TimedOut);
+                    done.extend(export.leave_after(due, |_| false));
                     export.grants.retain(|_, grant| grant.expires.is_none_or(|end| end > now));
                 }
                 None
@@ -1042,6 +1128,8 @@ impl World {
             offered: false,
             bits: Vec::new(),
             queue: Vec::new(),
+            fenced: Vec::new(),
+            fences: false,
         });
     }
 
@@ -1129,6 +1217,7 @@ impl World {
         let result = result.map(|acquired| {
             export.leases.insert(acquired.lease, (client, access));
             export.suspect = export.observable;
+            export.fences |= export.observable;
             *self.acquired.entry(index).or_default() += 1;
             export.use_up(PeerId::HOST);
         });
@@ -1217,31 +1306,25 @@ impl World {
         let writer = export.queue.iter().any(|waiter| waiter.want.write);
         let at_once = held.contains(sync.bits)
             || (export.free(holder, sync.bits) && !(writer && held.is_none()));
-        let expected = judged.and(match at_once {
-            true => Ok(Begun::Now(export.generation)),
-            false if sync.nonblock => Err(Status::Again),
-            false if full => Err(Status::Busy),
-            false => Ok(Begun::Waits),
+        let expected = judged.and_then(|()| {
+            let (now, want, cookie) = (self.now + sync.timeout, sync.bits, sync.cookie);
+            let unless = unless(&sync, full);
+            export.begin(at_once, Waiter { holder, want, deadline: now, unless, cookie, origin })
         });
         assert_eq!(result, expected);
-        match result {
-            Ok(Begun::Now(_)) => export.set(holder, held.union(sync.bits)),
-            Ok(Begun::Waits) => export.queue.push(Waiter {
-                holder,
-                want: sync.bits,
-                deadline: self.now + sync.timeout,
-                cookie: sync.cookie,
-                origin,
-            }),
-            Err(_) => {}
-        }
         Some(result.map(|_| ()))
     }
 
     fn waits(&self, vm: PeerId) -> u32 {
-        let waiters = self.exports.iter().flat_map(|export| &export.queue);
-        let of_vm = |waiter: &&Waiter| matches!(waiter.origin, Origin::Vm(peer, _) if peer == vm);
-        u32::try_from(waiters.filter(of_vm).count()).unwrap()
+        let fenced = |export: &Export| export.fenced.iter().map(|(waiter, _)| *waiter).collect();
+        let waiters = self.exports.iter().flat_map(|export| {
+            let mut all: Vec<Waiter> = fenced(export);
+            all.extend(&export.queue);
+            all
+        });
+        let of_vm = |waiter: &Waiter| matches!(waiter.origin, Origin::Vm(peer, _) if peer == vm);
+        let counted = |waiter: &Waiter| of_vm(waiter) && waiter.unless.is_none();
+        u32::try_from(waiters.filter(counted).count()).unwrap()
     }
 
     fn end(
@@ -1302,7 +1385,7 @@ impl World {
         if let Some(told) = told.filter(|told| **told == before) {
             *told = export.generation;
         }
-        export.set(holder, export.held(holder).minus(bits));
+        export.change(holder, |set| set.minus(bits));
         done.extend(export.serve());
     }
 
@@ -1313,7 +1396,7 @@ impl World {
             self.complete(index, holder, bits, done);
         } else if !ok {
             let export = &mut self.exports[index];
-            export.set(holder, export.held(holder).minus(bits));
+            export.change(holder, |set| set.minus(bits));
             done.extend(export.serve());
         }
         // A buffer that is gone by it has none.
@@ -1395,6 +1478,7 @@ impl World {
         let (index, holder, session, handle) = (held.of, held.holder(), held.session, held.handle);
         let full = self.waits(session.peer) >= QUOTA.max_waits;
         let export = &self.exports[index];
+        let token = u64::from(self.token);
         let bits = export.held(holder);
         let writer = export.queue.iter().any(|waiter| waiter.want.write);
         let at_once = bits.contains(sync.bits)
@@ -1408,34 +1492,48 @@ impl World {
         } else if sync.offset + sync.len > export.size {
             Err(Status::Range)
         } else {
-            match at_once {
-                true => Ok(Begun::Now(export.generation)),
-                false if sync.nonblock => Err(Status::Again),
-                false if full => Err(Status::Busy),
-                false => Ok(Begun::Waits),
-            }
+            let (deadline, want, cookie) = (self.now + sync.timeout, sync.bits, sync.cookie);
+            let (origin, unless) = (Origin::Vm(session.peer, token), unless(&sync, full));
+            let waiter = Waiter { holder, want, deadline, unless, cookie, origin };
+            self.exports[index].begin(at_once, waiter)
         };
-        let token = u64::from(self.token);
         let result = self.registry.begin_handle(session, handle, sync, (token, 100), self.now);
         assert_eq!(result, expected);
-        let export = &mut self.exports[index];
         match result? {
-            Begun::Now(_) => {
-                export.set(holder, bits.union(sync.bits));
-                self.granted.push((session, handle, sync));
-            }
-            Begun::Waits => {
-                export.queue.push(Waiter {
-                    holder,
-                    want: sync.bits,
-                    deadline: self.now + sync.timeout,
-                    cookie: sync.cookie,
-                    origin: Origin::Vm(session.peer, token),
-                });
-                self.waiting.insert(token, (session, handle, sync));
-            }
+            Begun::Now(_) => self.granted.push((session, handle, sync)),
+            Begun::Waits => drop(self.waiting.insert(token, (session, handle, sync))),
         }
         Ok(())
+    }
+
+    fn fence(&mut self, at: usize, found: Found, done: &mut Vec<Done>) {
+        let (wait, index, unless, looked) = self.fences[at];
+        let is_it = |one: &&mut (Waiter, bool)| one.0.origin == wait.origin;
+        let status = match found {
+            Found::Pending if looked => return,
+            Found::Pending if unless.is_none() => {
+                let waits = self.registry.fence_pending(wait);
+                let it = self.exports[index].fenced.iter_mut().find(is_it);
+                assert_eq!(waits, it.is_some());
+                it.into_iter().for_each(|one| one.1 = true);
+                self.fences[at].3 = true;
+                return;
+            }
+            Found::Pending => unless.unwrap(),
+            Found::Failed if !looked => Status::NoMem,
+            Found::Over | Found::Failed => Status::Ok,
+        };
+        self.fences.remove(at);
+        self.registry.fence_over(wait, status);
+        let export = &mut self.exports[index];
+        let place = export.fenced.iter().position(|(one, _)| one.origin == wait.origin);
+        let Some((waiter, _)) = place.map(|place| export.fenced.remove(place)) else { return };
+        done.push((waiter.origin, status));
+        if status == Status::Ok {
+            export.change(waiter.holder, |bits| bits.union(waiter.want));
+        } else {
+            done.extend(export.serve());
+        }
     }
 
     fn fill(&mut self, at: usize, done: &mut Vec<Done>) {
@@ -1454,7 +1552,7 @@ impl World {
                 assert_eq!(status, Status::Revoked);
                 assert!(held.revoked || !self.has_content(index));
                 let export = &mut self.exports[index];
-                export.set(holder, export.held(holder).minus(sync.bits));
+                export.change(holder, |set| set.minus(sync.bits));
                 done.extend(export.serve());
             }
             Ok(None) => assert!(!sync.bits.read || touched == 0),
@@ -1635,6 +1733,16 @@ impl World {
             self.heard(*notice);
         }
         self.wanted.extend(&out.observe);
+        for look in &out.fences {
+            let index = usize::try_from(look.wait.key.0).unwrap() - 1;
+            let mut fenced = self.exports[index].fenced.iter();
+            // Or it ended at once.
+            if let Some((waiter, _)) = fenced.find(|(one, _)| one.origin == look.wait.origin) {
+                assert_eq!((look.write, look.unless), (waiter.want.write, waiter.unless));
+            }
+            self.fences.push((look.wait, index, look.unless, false));
+        }
+        drop(out.fences);
         drop(out.drop);
         // Who must be woken.
         if self.registry.next_deadline().unwrap_or(Duration::MAX)
@@ -1772,11 +1880,15 @@ impl World {
         let key = BufferKey(index as u64 + 1);
         if let Some(sync) = self.registry.buffers.get(&key).and_then(|b| b.sync.as_ref()) {
             assert!(sync.waiters().eq(&export.queue) && !sync.is_idle());
-            assert!(export.bits.iter().all(|(who, bits)| sync.held_by(*who) == *bits));
-            assert_eq!(sync.holders(), export.bits.len());
+            let holders = export.holders();
+            assert!(holders.iter().all(|who| sync.held_by(*who) == export.held(*who)));
+            assert_eq!(sync.holders(), holders.len());
         } else {
-            assert!(export.bits.is_empty() && export.queue.is_empty());
+            assert!(export.holders().is_empty() && export.queue.is_empty());
         }
+        // Nobody is in front of fences that nobody looks at.
+        let looked_at = |one: &Waiter| self.fences.iter().any(|(w, ..)| w.origin == one.origin);
+        assert!(export.fenced.iter().all(|(waiter, _)| looked_at(waiter)));
         // Nobody waits for nothing.
         if let Some(first) = export.queue.first() {
             assert!(!export.free(first.holder, first.want));
@@ -1807,6 +1919,9 @@ impl World {
     fn finish(mut self) {
         while !self.tickets.is_empty() {
             self.step(Op::Made { ticket: 0, ok: true });
+        }
+        while !self.fences.is_empty() {
+            self.step(Op::Fence { pick: 0, found: Found::Over });
         }
         while !self.granted.is_empty() {
             self.step(Op::Fill { pick: 0 });
@@ -1889,7 +2004,6 @@ fn same(one: &Registry<Rc<()>>, other: &Registry<Rc<()>>) -> bool {
         last_lease,
         last_session,
         last_attachment,
-        left: _,
         outbox,
     } = one;
     let quiet = |vms: &BTreeMap<PeerId, Vm<Rc<()>>>| {

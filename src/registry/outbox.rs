@@ -23,6 +23,8 @@ pub struct Outbox<H> {
     pub drop: Vec<H>,
     /// Buffers whose foreign references must be counted now.
     pub observe: BTreeSet<BufferKey>,
+    /// BEGINs that were given their bits, if the fences of the host are over.
+    pub fences: Vec<Fences<H>>,
     /// A deadline may have come nearer.
     pub clock: bool,
     /// Decisions about rights.
@@ -37,10 +39,33 @@ impl<H> Default for Outbox<H> {
             notices: Vec::new(),
             drop: Vec::new(),
             observe: BTreeSet::new(),
+            fences: Vec::new(),
             clock: false,
             audit: Vec::new(),
         }
     }
+}
+
+/// Fences that must be looked at now, then given to [`Registry::fence_over`](super::Registry) or
+/// `fence_pending`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Fences<H> {
+    /// Who looks.
+    pub wait: FenceWait,
+    /// In what.
+    pub memory: H,
+    /// Those of readers count, too.
+    pub write: bool,
+    /// What the BEGIN ends with rather than wait for them.
+    pub unless: Option<Status>,
+}
+
+/// A BEGIN in front of fences.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FenceWait {
+    pub(super) key: BufferKey,
+    /// Whose it is; nobody has two of them under the same number.
+    pub origin: Origin,
 }
 
 /// A wait that ended.

@@ -21,7 +21,7 @@ pub enum Holder {
 }
 
 /// Whom to tell when a wait ends.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Origin {
     /// A chain of a VM's sync queue, by the device's own number for it.
     Vm(PeerId, u64),
@@ -29,7 +29,7 @@ pub enum Origin {
     Client(ClientId, Cookie),
 }
 
-/// A BEGIN that waits.
+/// A BEGIN that waits: in the queue, or with its bits for the fences of the host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Waiter {
     /// Who waits.
@@ -38,6 +38,8 @@ pub struct Waiter {
     pub want: Access,
     /// Since the daemon's start.
     pub deadline: Duration,
+    /// What it ends with rather than wait.
+    pub unless: Option<Status>,
     /// Named by CANCEL.
     pub cookie: Cookie,
     /// Whom to tell.
@@ -47,28 +49,54 @@ pub struct Waiter {
 /// Waits that ended, and how.
 pub type Ended = Vec<(Waiter, Status)>;
 
+/// A BEGIN that has its bits, in front of the fences of the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Fenced {
+    waiter: Waiter,
+    /// They were looked at, and are not over: its time runs.
+    pending: bool,
+}
+
+/// The bits of one holder.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Held {
+    /// Until END.
+    set: Access,
+    /// BEGINs in front of fences that read, and write: each becomes set, or goes without a trace.
+    reading: usize,
+    writing: usize,
+}
+
+impl Held {
+    fn bits(self) -> Access {
+        self.set.union(Access { read: self.reading > 0, write: self.writing > 0 })
+    }
+}
+
 /// The synchronisation state of one buffer.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct SyncState {
-    held: HashMap<Holder, Access>,
+    held: HashMap<Holder, Held>,
     /// How many of them read, and write: thousands of holders must not cost a walk each.
     readers: usize,
     writers: usize,
     waiting: VecDeque<Waiter>,
+    fenced: Vec<Fenced>,
 }
 
 impl SyncState {
     /// What `holder` holds.
     pub fn held_by(&self, holder: Holder) -> Access {
-        self.held.get(&holder).copied().unwrap_or_default()
+        self.held.get(&holder).copied().unwrap_or_default().bits()
     }
 
-    fn set(&mut self, holder: Holder, bits: Access) {
-        let before = self.held_by(holder);
-        if bits.is_none() {
-            self.held.remove(&holder);
-        } else {
-            self.held.insert(holder, bits);
+    fn change(&mut self, holder: Holder, change: impl FnOnce(&mut Held)) {
+        let mut held = self.held.remove(&holder).unwrap_or_default();
+        let before = held.bits();
+        change(&mut held);
+        let bits = held.bits();
+        if !bits.is_none() {
+            self.held.insert(holder, held);
         }
         self.readers = self.readers + usize::from(bits.read) - usize::from(before.read);
         self.writers = self.writers + usize::from(bits.write) - usize::from(before.write);
@@ -85,9 +113,16 @@ impl SyncState {
         self.held.is_empty() && self.waiting.is_empty()
     }
 
-    /// The waiters, first come first.
+    /// Those in the queue, first come first.
+    #[cfg(test)]
     pub fn waiters(&self) -> impl Iterator<Item = &Waiter> {
         self.waiting.iter()
+    }
+
+    /// When time alone ends a wait next.
+    pub fn next_due(&self) -> Option<Duration> {
+        let pending = self.fenced.iter().filter(|one| one.pending).map(|one| &one.waiter);
+        self.waiting.iter().chain(pending).map(|waiter| waiter.deadline).min()
     }
 
     fn conflicts(&self, holder: Holder, want: Access) -> bool {
@@ -106,7 +141,50 @@ impl SyncState {
 
     /// Sets bits; the caller has asked [`may_begin`](Self::may_begin).
     pub fn begin(&mut self, holder: Holder, want: Access) {
-        self.set(holder, self.held_by(holder).union(want));
+        self.change(holder, |held| held.set = held.set.union(want));
+    }
+
+    /// Gives a BEGIN its bits until [`decide`](Self::decide), which says whether it keeps them.
+    pub fn reserve(&mut self, waiter: &Waiter) {
+        self.change(waiter.holder, |held| {
+            held.reading += usize::from(waiter.want.read);
+            held.writing += usize::from(waiter.want.write);
+        });
+    }
+
+    fn decide(&mut self, waiter: &Waiter, keep: bool) {
+        self.change(waiter.holder, |held| {
+            held.reading -= usize::from(waiter.want.read);
+            held.writing -= usize::from(waiter.want.write);
+            if keep {
+                held.set = held.set.union(waiter.want);
+            }
+        });
+    }
+
+    /// Sets the bits that a BEGIN was given.
+    pub fn keep(&mut self, waiter: &Waiter) {
+        self.decide(waiter, true);
+    }
+
+    /// Leaves a BEGIN, which was given its bits, in front of fences that nobody has looked at.
+    pub fn fence(&mut self, waiter: Waiter) {
+        self.fenced.push(Fenced { waiter, pending: false });
+    }
+
+    /// Whether a BEGIN is in front of fences. They are not over, so its time runs from now on.
+    pub fn fence_pending(&mut self, origin: Origin) -> bool {
+        let found = self.fenced.iter_mut().find(|one| one.waiter.origin == origin);
+        found.map(|one| one.pending = true).is_some()
+    }
+
+    /// Takes a BEGIN away from fences, which are over or will not be waited for: it keeps its bits, or
+    /// those are served who waited for them. `None` where it is not there.
+    pub fn fence_over(&mut self, origin: Origin, keep: bool) -> Option<(Waiter, Ended)> {
+        let at = self.fenced.iter().position(|one| one.waiter.origin == origin)?;
+        let Fenced { waiter, .. } = self.fenced.swap_remove(at);
+        self.decide(&waiter, keep);
+        Some((waiter, if keep { Vec::new() } else { self.promote() }))
     }
 
     /// Queues a BEGIN that must wait.
@@ -118,27 +196,41 @@ impl SyncState {
     pub fn end(&mut self, holders: impl Fn(Holder) -> bool, bits: Access) -> Ended {
         let gone: Vec<Holder> = self.held.keys().copied().filter(|who| holders(*who)).collect();
         for holder in gone {
-            self.set(holder, self.held_by(holder).minus(bits));
+            self.change(holder, |held| held.set = held.set.minus(bits));
         }
         self.promote()
     }
 
     /// Takes out the waiters that get a status, and returns them and those that are served by it.
     pub fn cancel(&mut self, status: impl Fn(&Waiter) -> Option<Status>) -> (Ended, Ended) {
+        self.take_out(|waiter, _| status(waiter))
+    }
+
+    /// As [`cancel`](Self::cancel), of those whose time is over.
+    pub fn expire(&mut self, now: Duration) -> (Ended, Ended) {
+        self.take_out(|waiter, runs| (runs && waiter.deadline <= now).then_some(Status::TimedOut))
+    }
+
+    fn take_out(&mut self, status: impl Fn(&Waiter, bool) -> Option<Status>) -> (Ended, Ended) {
         let mut out = Vec::new();
-        self.waiting.retain(|waiter| match status(waiter) {
-            Some(status) => {
-                out.push((*waiter, status));
-                false
-            }
-            None => true,
-        });
+        let mut stays = |waiter: &Waiter, runs| {
+            let status = status(waiter, runs);
+            out.extend(status.map(|status| (*waiter, status)));
+            status.is_none()
+        };
+        self.waiting.retain(|waiter| stays(waiter, true));
+        let (kept, gone): (Vec<Fenced>, Vec<Fenced>) =
+            self.fenced.iter().partition(|one| stays(&one.waiter, one.pending));
+        self.fenced = kept;
+        for one in gone {
+            self.decide(&one.waiter, false);
+        }
         let served = if out.is_empty() { Vec::new() } else { self.promote() };
         (out, served)
     }
 
-    /// Serves waiters in the order in which they came. A WRITE that cannot be served holds back
-    /// those behind it that hold nothing.
+    /// Serves waiters in the order in which they came: each is given its bits, to be kept or to be
+    /// fenced. A WRITE that cannot be served holds back those behind it that hold nothing.
     fn promote(&mut self) -> Ended {
         let mut served = Vec::new();
         let mut write_waits = false;
@@ -148,7 +240,7 @@ impl SyncState {
                 write_waits |= waiter.want.write;
                 self.waiting.push_back(waiter);
             } else {
-                self.begin(waiter.holder, waiter.want);
+                self.reserve(&waiter);
                 served.push((waiter, Status::Ok));
             }
         }
@@ -169,6 +261,7 @@ mod tests {
             holder,
             want,
             deadline: Duration::ZERO,
+            unless: None,
             cookie: Cookie(0),
             origin: Origin::Client(ClientId(0), Cookie(0)),
         }
@@ -196,7 +289,9 @@ mod tests {
         sync.wait(waiter(B, Access::WRITE));
         assert!(!sync.may_begin(C, Access::READ));
         sync.wait(waiter(C, Access::READ));
-        assert_eq!(who(&sync.end(|who| who == A, Access::READ)), [B]);
+        let served = sync.end(|who| who == A, Access::READ);
+        assert_eq!(who(&served), [B]);
+        sync.keep(&served[0].0);
         assert_eq!(who(&sync.end(|who| who == B, Access::ALL)), [C]);
     }
 
@@ -216,6 +311,42 @@ mod tests {
         sync.wait(waiter(C, Access::READ));
         let (out, served) = sync.cancel(|waiter| (waiter.holder == B).then_some(Status::Canceled));
         assert_eq!((who(&out), who(&served)), (vec![B], vec![C]));
+    }
+
+    #[test]
+    fn who_waits_for_fences_leaves_no_trace_if_that_fails() {
+        let mut sync = SyncState::default();
+        sync.begin(A, Access::READ);
+        let origin = |n| Origin::Vm(crate::ids::PeerId(2), n);
+        let fenced = |want, n| Waiter { origin: origin(n), ..waiter(A, want) };
+        for one in [fenced(Access::ALL, 1), fenced(Access::WRITE, 2)] {
+            sync.reserve(&one);
+            sync.fence(one);
+        }
+        sync.wait(waiter(B, Access::READ));
+        assert_eq!(sync.held_by(A), Access::ALL);
+        assert!(sync.end(|who| who == A, Access::READ).is_empty(), "the others still have it");
+        assert_eq!(sync.next_due(), Some(Duration::ZERO));
+        let (_, served) = sync.fence_over(origin(1), false).unwrap();
+        assert!(served.is_empty(), "who writes is still there");
+        assert_eq!(sync.held_by(A), Access::WRITE);
+        let (out, served) = sync.cancel(|one| (one.holder == A).then_some(Status::Canceled));
+        assert_eq!((who(&out), who(&served)), (vec![A], vec![B]));
+        assert_eq!(sync.fence_over(origin(2), true), None, "it is over");
+        assert_eq!(sync.held_by(A), Access::NONE);
+    }
+
+    #[test]
+    fn time_runs_once_fences_are_known_to_be_pending() {
+        let mut sync = SyncState::default();
+        let one = waiter(A, Access::READ);
+        sync.reserve(&one);
+        sync.fence(one);
+        assert_eq!((sync.next_due(), sync.expire(Duration::MAX).0), (None, vec![]));
+        assert!(sync.fence_pending(one.origin));
+        assert_eq!(sync.next_due(), Some(one.deadline));
+        assert_eq!(sync.expire(Duration::MAX).0, [(one, Status::TimedOut)]);
+        assert!(sync.is_idle() && !sync.fence_pending(one.origin));
     }
 
     #[test]

@@ -194,7 +194,16 @@ impl World {
         self.registry.tick(self.now);
     }
 
+    /// Where it meets fences, these are over.
     fn begin_exporter(&mut self, export: Export, request: SyncRequest) -> Result<Begun, Status> {
+        let begun = self.begin_fenced(export, request)?;
+        let out = &mut self.registry.outbox;
+        let Some(look) = out.fences.pop() else { return Ok(begun) };
+        self.registry.fence_over(look.wait, Status::Ok);
+        Ok(Begun::Now(self.registry.outbox.done.pop().unwrap().generation))
+    }
+
+    fn begin_fenced(&mut self, export: Export, request: SyncRequest) -> Result<Begun, Status> {
         let token = u64::from(request.cookie.0);
         self.registry.begin_handle(self.app, export.handle, request, (token, 100), self.now)
     }
@@ -209,7 +218,11 @@ impl World {
     }
 
     /// Waits that ended since the last call.
+    /// What ended; fences that nobody looked at are over.
     fn done(&mut self) -> Vec<(Origin, Status)> {
+        for look in std::mem::take(&mut self.registry.outbox.fences) {
+            self.registry.fence_over(look.wait, Status::Ok);
+        }
         self.registry.take_outbox().done.iter().map(|done| (done.origin, done.status)).collect()
     }
 
@@ -1219,6 +1232,144 @@ mod sessions {
         assert_eq!(w.told(), []);
         assert!(w.registry.epoch(APP) > epoch, "a new connection is a new epoch");
         assert_eq!(w.registry.open_session(PeerId(99), true), None);
+    }
+}
+
+/// BEGINs of a VM in front of fences of the host.
+mod fences {
+    use super::*;
+
+    const WAIT: Origin = Origin::Vm(APP, 7);
+
+    /// An export that a client had, and a lease of another.
+    fn shared() -> (World, Export, LeaseId) {
+        let mut w = World::new();
+        let export = w.export();
+        w.grant(export);
+        w.use_once(export);
+        let lease = w.acquire(BERT, export);
+        w.registry.take_outbox();
+        (w, export, lease)
+    }
+
+    fn look(w: &mut World) -> Fences<Rc<()>> {
+        let mut looks = w.registry.take_outbox().fences;
+        assert_eq!(looks.len(), 1);
+        looks.remove(0)
+    }
+
+    #[test]
+    fn nobody_looks_before_the_host_had_the_dma_buf() {
+        let mut w = World::new();
+        let export = w.export();
+        w.grant(export);
+        assert_eq!(w.begin_fenced(export, begin(ALL)), Ok(Begun::Now(0)));
+        w.use_once(export);
+        assert_eq!(w.begin_fenced(export, begin(ALL)), Ok(Begun::Waits));
+        let host = w.try_acquire(ANNE, export, ALL).unwrap();
+        w.registry.end_access(ANNE, host, begin(WRITE)).unwrap();
+        let wait = look(&mut w);
+        w.registry.fence_over(wait.wait, Status::Ok);
+        let out = w.registry.take_outbox();
+        assert_eq!(out.done, [Done { origin: WAIT, status: Status::Ok, generation: 1 }]);
+    }
+
+    #[test]
+    fn readers_wait_for_writers_and_writers_for_all() {
+        let (mut w, export, _) = shared();
+        for (bits, write) in [(READ, false), (WRITE, true), (ALL, true)] {
+            w.begin_fenced(export, begin(bits)).unwrap();
+            assert_eq!(look(&mut w).write, write);
+            w.registry.cancel_handle(w.app, export.handle, Cookie(0)).unwrap();
+        }
+    }
+
+    #[test]
+    fn bits_are_given_first_and_taken_back_if_the_wait_fails() {
+        let (mut w, export, bert) = shared();
+        w.begin_fenced(export, begin(WRITE)).unwrap();
+        let first = look(&mut w);
+        assert!(w.registry.fence_pending(first.wait));
+        let later = SyncRequest { timeout: ms(200), ..begin(READ) };
+        assert_eq!(w.begin_lease(BERT, bert, later), Ok(Begun::Waits));
+        w.tick(ms(99));
+        assert_eq!(w.done(), []);
+        w.tick(ms(1));
+        assert_eq!(w.done(), [(WAIT, Status::TimedOut), (BERTS_WAIT, Status::Ok)]);
+        w.registry.fence_over(first.wait, Status::Ok);
+        assert_eq!(w.done(), [], "nobody waits any more");
+        assert_eq!(w.begin_fenced(export, at_once(WRITE)), Err(Status::Again));
+    }
+
+    #[test]
+    fn time_does_not_run_while_somebody_looks() {
+        let (mut w, export, _) = shared();
+        let now = SyncRequest { timeout: Duration::ZERO, ..begin(READ) };
+        w.begin_fenced(export, now).unwrap();
+        w.tick(ms(1));
+        assert_eq!(w.registry.next_deadline(), None);
+        let first = look(&mut w);
+        assert!(w.registry.fence_pending(first.wait));
+        assert!(w.registry.outbox.clock);
+        w.tick(ms(0));
+        assert_eq!(w.done(), [(WAIT, Status::TimedOut)]);
+        assert!(!w.registry.fence_pending(first.wait));
+    }
+
+    #[test]
+    fn who_does_not_want_to_wait_says_so_beforehand() {
+        let (mut w, export, _) = shared();
+        w.begin_fenced(export, at_once(READ)).unwrap();
+        let first = look(&mut w);
+        assert_eq!(first.unless, Some(Status::Again));
+        w.registry.fence_over(first.wait, Status::Again);
+        assert_eq!(w.done(), [(WAIT, Status::Again)]);
+        for cookie in 1..=QUOTA.max_waits {
+            let one = SyncRequest { cookie: Cookie(cookie), ..begin(READ) };
+            w.begin_fenced(export, one).unwrap();
+            assert_eq!(look(&mut w).unless, None);
+        }
+        w.begin_fenced(export, begin(READ)).unwrap();
+        assert_eq!(look(&mut w).unless, Some(Status::Busy));
+    }
+
+    #[test]
+    fn an_end_leaves_a_begin_in_front_of_fences_alone() {
+        let (mut w, export, bert) = shared();
+        w.begin_fenced(export, begin(READ)).unwrap();
+        let first = look(&mut w);
+        w.registry.end_handle(w.app, export.handle, begin(READ)).unwrap();
+        assert_eq!(w.begin_lease(BERT, bert, at_once(WRITE)), Err(Status::Again));
+        w.registry.fence_over(first.wait, Status::Ok);
+        assert_eq!(w.begin_lease(BERT, bert, at_once(WRITE)), Err(Status::Again));
+        w.registry.end_handle(w.app, export.handle, begin(READ)).unwrap();
+        assert_eq!(w.begin_lease(BERT, bert, at_once(WRITE)), Ok(Begun::Now(0)));
+    }
+
+    #[test]
+    fn whoever_waited_in_the_queue_looks_too() {
+        let (mut w, export, bert) = shared();
+        w.begin_lease(BERT, bert, begin(WRITE)).unwrap();
+        w.begin_fenced(export, begin(READ)).unwrap();
+        w.registry.end_access(BERT, bert, begin(WRITE)).unwrap();
+        let out = w.registry.take_outbox();
+        assert_eq!((out.done.len(), out.fences.len()), (0, 1));
+        let first = out.fences[0].wait;
+        assert!(w.registry.fence_pending(first));
+        w.registry.fence_over(first, Status::Ok);
+        assert_eq!(w.done(), [(WAIT, Status::Ok)]);
+    }
+
+    #[test]
+    fn a_release_and_the_end_of_a_session_end_it() {
+        let (mut w, export, _) = shared();
+        w.begin_fenced(export, begin(READ)).unwrap();
+        w.release(export, false);
+        assert_eq!(w.done(), [(WAIT, Status::Canceled)]);
+        let (mut w, export, _) = shared();
+        w.begin_fenced(export, begin(READ)).unwrap();
+        w.registry.close_session(w.app);
+        assert_eq!(w.done(), [(WAIT, Status::Canceled)]);
     }
 }
 

@@ -11,6 +11,7 @@ mod config;
 mod control;
 mod events;
 mod export;
+mod fences;
 mod grant;
 mod import;
 mod map;

@@ -11,14 +11,14 @@ const NONBLOCK: u16 = flag::SYNC_NONBLOCK;
 const FIVE_SECONDS: u64 = 5_000_000_000;
 
 /// A guest's buffer, and a program on the host with a lease of it.
-struct Shared {
-    bed: Bed,
-    buffer: Buffer,
-    client: Client,
-    lease: Lease,
+pub struct Shared {
+    pub bed: Bed,
+    pub buffer: Buffer,
+    pub client: Client,
+    pub lease: Lease,
 }
 
-fn shared(pages: u64) -> Shared {
+pub fn shared(pages: u64) -> Shared {
     let mut bed = bed();
     let buffer = bed.offered(pages);
     let mut client = bed.client();
@@ -27,23 +27,23 @@ fn shared(pages: u64) -> Shared {
 }
 
 impl Shared {
-    fn host_begin(&mut self, bits: u32) {
+    pub fn host_begin(&mut self, bits: u32) {
         self.client.begin(self.lease.id, host_access(bits), SOON).expect("BEGIN of the host");
     }
 
-    fn host_end(&mut self, bits: u32) -> u64 {
+    pub fn host_end(&mut self, bits: u32) -> u64 {
         self.client.end(self.lease.id, host_access(bits)).expect("END of the host")
     }
 
-    fn begin(&mut self, flags: u16) -> Reply<RespSync> {
+    pub fn begin(&mut self, flags: u16) -> Reply<RespSync> {
         self.bed.guest.begin(sync(&self.buffer, flags))
     }
 
-    fn end(&mut self, flags: u16) -> u64 {
+    pub fn end(&mut self, flags: u16) -> u64 {
         self.bed.guest.end(sync(&self.buffer, flags)).expect("END").generation.get()
     }
 
-    fn start(&mut self, flags: u16, timeout_ns: u64) -> u16 {
+    pub fn start(&mut self, flags: u16, timeout_ns: u64) -> u16 {
         let request = Sync { timeout_ns, ..sync(&self.buffer, flags) };
         self.bed.guest.sync_start::<RespSync>(&request.bytes())
     }
