@@ -37,6 +37,9 @@ pub struct Args {
     /// A user besides root and the daemon's own who may use the host socket
     #[arg(long, value_name = "UID")]
     pub host_uid: Option<u32>,
+    /// Take over from the daemon that serves this socket, if there is one, and serve it for the next
+    #[arg(long, value_name = "PATH")]
+    pub hand_over: Option<PathBuf>,
     /// Where zero copies come from: auto (/dev/udmabuf if it can be opened), off, a path, or fd:N
     #[arg(long, value_name = "SOURCE")]
     pub udmabuf: Option<String>,
@@ -59,6 +62,7 @@ struct FileConfig {
     allow: Vec<String>,
     host_socket: Option<PathBuf>,
     host_uid: Option<u32>,
+    hand_over: Option<PathBuf>,
     udmabuf: Option<String>,
     require_zero_copy: bool,
     sandbox: Option<bool>,
@@ -99,6 +103,8 @@ pub struct Settings {
     pub host_socket: Option<PathBuf>,
     /// Who else may.
     pub host_uid: Option<u32>,
+    /// Where a predecessor is, and where a successor will be.
+    pub hand_over: Option<PathBuf>,
     /// Where udmabuf comes from.
     pub udmabuf: Source,
     /// Refuse exports that could only be copied.
@@ -154,6 +160,7 @@ impl Args {
             rules,
             host_socket: self.host_socket.clone().or(file.host_socket),
             host_uid: self.host_uid.or(file.host_uid),
+            hand_over: self.hand_over.clone().or(file.hand_over),
             udmabuf: udmabuf.map_or(Ok(Source::Auto), |text| parse_udmabuf(text))?,
             require_zero_copy: self.require_zero_copy || file.require_zero_copy,
             sandbox: self.sandbox == "on" && file.sandbox != Some(false),

@@ -7,6 +7,7 @@
 
 mod copies;
 mod fences;
+mod heritage;
 mod host;
 
 use std::collections::{BTreeMap, HashMap};
@@ -91,6 +92,8 @@ pub struct Hub {
     host_wake: File,
     fences: fences::Watched,
     start: Instant,
+    /// The registry's clock at that time: a predecessor's goes on.
+    clock: Duration,
     /// Makes memory for exports.
     pub dmabufs: DmaBufs,
     /// Who may share with whom.
@@ -144,6 +147,7 @@ impl Hub {
             host_wake: crate::ioctl::eventfd()?,
             fences: fences::Watched::new()?,
             start: Instant::now(),
+            clock: Duration::ZERO,
             dmabufs,
             policy,
             metrics: Metrics::default(),
@@ -151,9 +155,9 @@ impl Hub {
         })
     }
 
-    /// Time since the daemon's start: the registry's clock.
+    /// Time since the start of the daemon, or of its first predecessor: the registry's clock.
     pub fn now(&self) -> Duration {
-        self.start.elapsed()
+        self.clock + self.start.elapsed()
     }
 
     /// Runs one operation on the registry, then everything that follows from it.

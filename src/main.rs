@@ -11,11 +11,15 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bufshare::args::{Args, Settings, Socket, Vm};
 use bufshare::device::Options;
 use bufshare::dmabuf::DmaBufs;
-use bufshare::host::listener::Listener;
+use bufshare::estate::Estate;
+use bufshare::handover::{self, Manager};
+use bufshare::host::heirs::{self, Heirs};
+use bufshare::host::listener::{ListenError, Listener};
 use bufshare::host::server::Server;
 use bufshare::hub::{Hub, VmSpec};
 use bufshare::ids::PeerId;
@@ -24,6 +28,7 @@ use bufshare::{ioctl, limits, protocol, sandbox, serve};
 use clap::Parser;
 use rustix::net::sockopt::socket_acceptconn;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use signal_hook::consts::SIGTERM;
 
 fn main() -> ExitCode {
     env_logger::Builder::from_env(
@@ -67,15 +72,47 @@ fn run(settings: Settings) -> Result<(), Box<dyn Error>> {
     ioctl::keep_freed_memory(limits::KEEP_FREED);
     let dmabufs = DmaBufs::new(&settings.udmabuf, settings.require_zero_copy)?;
     raise_fd_limit(&settings, &dmabufs);
+    let mut manager = Manager::from_env()?;
+    // From here on a predecessor is gone.
+    let mut estate = inherit(&settings, manager.as_ref())?;
+    let mut heirs = Heirs::default();
     let mut listeners = Vec::new();
+    let keep = settings.hand_over.is_some() || manager.is_some();
     for vm in &settings.vms {
-        listeners.push(listen(vm)?);
+        let name = format!("vm-{}", vm.name);
+        let listener = match &vm.socket {
+            Socket::Path(path) => match estate.listener(&name, path) {
+                Some(socket) => UnixListener::from(socket),
+                None => listen(vm)?,
+            },
+            Socket::Fd(_) => listen(vm)?,
+        };
+        if keep && matches!(vm.socket, Socket::Path(_)) {
+            heirs.listeners.push((name, listener.try_clone()?.into()));
+        }
+        listeners.push(listener);
     }
-    let host = settings.host_socket.as_deref();
-    let host = host.map(|path| Listener::bind(path, settings.host_uid)).transpose()?;
+    let mut bind = |name, path: Option<&Path>, also| -> Result<Option<Listener>, ListenError> {
+        let Some(path) = path else { return Ok(None) };
+        Ok(Some(match estate.listener(name, path) {
+            Some(socket) => Listener::inherit(socket, also),
+            None => Listener::bind(path, also)?,
+        }))
+    };
+    let host = bind(heirs::HOST, settings.host_socket.as_deref(), settings.host_uid)?;
+    heirs.socket = bind(heirs::HAND_OVER, settings.hand_over.as_deref(), None)?;
+    if let Some(manager) = manager.take() {
+        let (read, write) = UnixStream::pair()?;
+        signal_hook::low_level::pipe::register(SIGTERM, write)?;
+        heirs.manager = Some((manager, read));
+    }
     let spec = |vm: &Vm| VmSpec { name: vm.name.clone(), quota: vm.quota };
     let specs: Vec<VmSpec> = settings.vms.iter().map(spec).collect();
-    let hub = Arc::new(Hub::new(&specs, Policy::new(settings.rules), dmabufs)?);
+    let mut hub = Hub::new(&specs, Policy::new(settings.rules), dmabufs)?;
+    if estate.clock > Duration::ZERO {
+        hub.inherit(estate.buffers, estate.last_lease, estate.clock);
+    }
+    let hub = Arc::new(hub);
     if settings.sandbox {
         sandbox::enter()?;
     }
@@ -89,7 +126,24 @@ fn run(settings: Settings) -> Result<(), Box<dyn Error>> {
         };
         serve::spawn(hub.clone(), peer, options, listener)?;
     }
-    Ok(Server::new(hub, host)?.run()?)
+    if let Some((manager, _)) = &heirs.manager {
+        manager.ready();
+    }
+    let mut server = Server::new(hub, host)?;
+    server.inherit(estate.clients, estate.last_client, heirs);
+    server.run()
+}
+
+/// What the daemon before this one left, if there was one.
+fn inherit(settings: &Settings, manager: Option<&Manager>) -> io::Result<Estate> {
+    if let Some(parcel) = manager.map(Manager::parcel).transpose()?.filter(|p| !p.is_empty()) {
+        return Ok(Estate::of(parcel));
+    }
+    let parcel = match &settings.hand_over {
+        Some(path) => handover::take_over(path)?,
+        None => None,
+    };
+    Ok(parcel.map(Estate::of).unwrap_or_default())
 }
 
 /// Each export is a descriptor or two. Says at once if all that the VMs may export will not fit.

@@ -49,6 +49,21 @@ impl Backing {
         Backing { fd: None, pages: pages.into(), private: None }
     }
 
+    /// What a predecessor of this daemon left: who holds it can be seen, no page behind it.
+    pub fn inherited(fd: OwnedFd, kind: FdKind) -> Backing {
+        let (fd, private) = match kind {
+            FdKind::DmaBuf => (Some(fd), None),
+            FdKind::Memfd => (None, Some(Arc::new(File::from(fd)))),
+        };
+        Backing { fd, pages: Box::default(), private }
+    }
+
+    /// What a successor needs; a mapping has none.
+    pub fn heirloom(&self) -> Option<BorrowedFd<'_>> {
+        let private = self.private.as_ref().map(|file| file.as_fd());
+        self.fd.as_ref().map(AsFd::as_fd).or(private)
+    }
+
     /// What devices of the host still do with it, as [`fence::snapshot`] tells; a memfd has none.
     pub fn fences(&self, write: bool) -> io::Result<Option<OwnedFd>> {
         self.fd.as_ref().map_or(Ok(None), |fd| fence::snapshot(fd.as_fd(), write))

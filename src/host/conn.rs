@@ -8,15 +8,16 @@ use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::packet::{self, Wait};
 use super::request::{self, Outgoing, People, Session};
-use super::watch::{Buffers, News};
+use super::watch::{Buffers, News, Watch};
 use super::wire;
 use crate::hub::Hub;
-use crate::ids::{ClientId, Cookie};
-use crate::protocol::Status;
+use crate::ids::{ClientId, Cookie, LeaseId};
+use crate::protocol::{NAME_LEN, Status};
 use crate::registry::{BufferInfo, Notice};
 
 /// Requests and events of one client before others get their turn.
@@ -42,6 +43,17 @@ pub struct Interest {
     pub read: bool,
     /// Something is to be sent.
     pub write: bool,
+}
+
+/// What a daemon's successor must know to go on with a connection.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct LeftClient {
+    /// Its number.
+    pub client: ClientId,
+    name: Option<[u8; NAME_LEN]>,
+    watch: Option<(u64, Watch)>,
+    /// Not sent yet: bytes, and the lease whose fd goes with them.
+    queue: Vec<(Vec<u8>, Option<LeaseId>)>,
 }
 
 /// One client's connection.
@@ -75,13 +87,36 @@ impl Conn {
         Conn { socket, session: Session::new(client), queue: VecDeque::new() }
     }
 
+    /// Goes on with a connection of the daemon before this one.
+    pub fn inherit(left: LeftClient, socket: OwnedFd, hub: &Hub) -> Conn {
+        let LeftClient { client, name, watch, queue } = left;
+        let outgoing = |(bytes, lease): (Vec<u8>, Option<LeaseId>)| {
+            let memory = lease.and_then(|lease| {
+                let memory = hub.host_memory(client, lease)?;
+                Some((hub.dmabufs.for_consumer(&memory).ok()?, lease))
+            });
+            Outgoing { bytes, memory }
+        };
+        let mut session = Session::new(client);
+        (session.name, session.watch) = (name, watch);
+        Conn { socket, session, queue: queue.into_iter().map(outgoing).collect() }
+    }
+
+    /// What is needed to go on with it. Nothing may be pending any more.
+    pub fn leave(self) -> (LeftClient, OwnedFd) {
+        let Session { client, name, watch, .. } = self.session;
+        let outgoing = |out: Outgoing| (out.bytes, out.memory.map(|(_, lease)| lease));
+        let queue = self.queue.into_iter().map(outgoing).collect();
+        (LeftClient { client, name, watch, queue }, self.socket)
+    }
+
     /// Its number.
     pub fn client(&self) -> ClientId {
         self.session.client
     }
 
     /// What the client calls itself, once it said HELLO.
-    pub fn name(&self) -> Option<[u8; crate::protocol::NAME_LEN]> {
+    pub fn name(&self) -> Option<[u8; NAME_LEN]> {
         self.session.name
     }
 

@@ -26,17 +26,17 @@ const BACKLOG: i32 = 16;
 #[allow(missing_docs)]
 pub enum ListenError {
     #[error(
-        "--host-socket {path}: another daemon serves it; stop that one or choose another path",
+        "{path}: another daemon serves it; stop that one or choose another path",
         path = path.display()
     )]
     Served { path: PathBuf },
     #[error(
-        "--host-socket {path}: a file that is no socket is in the way; remove it or choose another \
+        "{path}: a file that is no socket is in the way; remove it or choose another \
          path",
         path = path.display()
     )]
     Occupied { path: PathBuf },
-    #[error("--host-socket {path}: cannot listen; {hint}", path = path.display())]
+    #[error("{path}: cannot listen; {hint}", path = path.display())]
     Listen { path: PathBuf, source: io::Error, hint: &'static str },
 }
 
@@ -81,6 +81,11 @@ impl Listener {
         Ok(Listener { socket, also, own })
     }
 
+    /// A socket that listens already: that of the daemon before this one.
+    pub fn inherit(socket: OwnedFd, also: Option<u32>) -> Listener {
+        Listener { socket, also, own: rustix::process::geteuid().as_raw() }
+    }
+
     /// The next connection and who made it; EAGAIN where nobody waits.
     pub fn accept(&self) -> io::Result<(OwnedFd, PeerCredentials)> {
         let socket = accept_with(&self.socket, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)?;
@@ -91,6 +96,12 @@ impl Listener {
     /// Whether this user is served.
     pub fn admits(&self, uid: u32) -> bool {
         uid == 0 || uid == self.own || Some(uid) == self.also
+    }
+}
+
+impl From<Listener> for OwnedFd {
+    fn from(listener: Listener) -> OwnedFd {
+        listener.socket
     }
 }
 

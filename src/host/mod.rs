@@ -8,8 +8,9 @@
 
 mod channel;
 pub mod client;
-mod conn;
+pub mod conn;
 pub mod error;
+pub mod heirs;
 pub mod image;
 pub mod listener;
 pub mod packet;

@@ -5,25 +5,30 @@
 //! client can hold it up: nothing here waits for one. A client that goes away ends its leases.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
-use log::{debug, error};
+use log::{debug, error, info};
 use rustix::io::Errno;
 use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
     timerfd_settime,
 };
 
-use super::conn::{Conn, Gone, Interest, TURN};
+use super::conn::{Conn, Gone, Interest, LeftClient, TURN};
+use super::heirs::{self, Heir, Heirs};
 use super::listener::Listener;
 use super::packet::{self, Wait};
 use super::request::{self, People, Person};
 use super::wire::Type;
+use crate::estate::Estate;
+use crate::handover::Parcel;
 use crate::hub::{self, Hub};
 use crate::ids::ClientId;
+use crate::ioctl::peer_credentials;
 use crate::limits::MAX_CLIENTS;
 use crate::protocol::{NAME_LEN, Status};
 use crate::throttle::Throttle;
@@ -36,7 +41,9 @@ const RETRY: Duration = Duration::from_millis(100);
 const LISTENER: u32 = 0;
 const WAKE: u32 = 1;
 const TIMER: u32 = 2;
-const FENCES: u32 = 3;
+const SUCCESSOR: u32 = 3;
+const SIGNAL: u32 = 4;
+const FENCES: u32 = 5;
 const FIRST_CLIENT: u32 = 16;
 
 /// Serves the host socket.
@@ -52,12 +59,15 @@ pub struct Server {
     /// By epoll token, with what the token waits for.
     conns: BTreeMap<u32, (Conn, Interest)>,
     people: People,
+    heirs: Heirs,
+    /// Everything was left to an heir, or could not be.
+    over: Arc<Mutex<Option<io::Result<()>>>>,
     log: Throttle,
 }
 
 impl Server {
     /// A server of this hub. Without a listener it is the clock alone.
-    pub fn new(hub: Arc<Hub>, listener: Option<Listener>) -> std::io::Result<Server> {
+    pub fn new(hub: Arc<Hub>, listener: Option<Listener>) -> io::Result<Server> {
         let flags = TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK;
         let timer = timerfd_create(TimerfdClockId::Monotonic, flags)?;
         let spare = Some(rustix::io::fcntl_dupfd_cloexec(&timer, 0)?);
@@ -70,17 +80,77 @@ impl Server {
             last_client: 0,
             conns: BTreeMap::new(),
             people: People::new(),
+            heirs: Heirs::default(),
+            over: Arc::default(),
             log: Throttle::new(),
         })
     }
 
-    /// Serves until the process ends; returns only where that is impossible.
-    pub fn run(self) -> Result<(), event_manager::Error> {
+    /// Goes on with the clients of the daemon before this one, and leaves all to these heirs one day.
+    pub fn inherit(
+        &mut self,
+        clients: Vec<(LeftClient, Option<OwnedFd>)>,
+        last_client: ClientId,
+        heirs: Heirs,
+    ) {
+        (self.last_client, self.heirs) = (last_client.0, heirs);
+        for (token, (left, socket)) in (FIRST_CLIENT..).zip(clients) {
+            let client = left.client;
+            let peer = socket.as_ref().map(|socket| peer_credentials(socket.as_fd()));
+            let (Some(socket), Some(Ok(peer))) = (socket, peer) else {
+                self.hub.client_gone(client);
+                continue;
+            };
+            let conn = Conn::inherit(left, socket, &self.hub);
+            let name = conn.name().unwrap_or_default();
+            self.people.insert(client, Person { pid: peer.pid, name });
+            let interest = conn.interest();
+            self.conns.insert(token, (conn, interest));
+        }
+    }
+
+    /// Serves until everything was left to an heir.
+    pub fn run(self) -> Result<(), Box<dyn std::error::Error>> {
+        let over = self.over.clone();
         let mut manager = EventManager::new()?;
         manager.add_subscriber(self);
         loop {
             manager.run()?;
+            if let Some(result) = over.lock().unwrap_or_else(PoisonError::into_inner).take() {
+                return result.map_err(|error| format!("not all could be left: {error}").into());
+            }
         }
+    }
+
+    /// Ends the VMs' sessions, tells the clients as much as they take, and leaves everything.
+    fn leave(&mut self, heir: Heir) {
+        let (buffers, last_lease) = self.hub.leave();
+        self.spread_news();
+        let mut clients = Vec::new();
+        for (mut conn, _) in std::mem::take(&mut self.conns).into_values() {
+            let client = conn.client();
+            match conn.write(&self.hub) {
+                Ok(()) => {
+                    let (left, socket) = conn.leave();
+                    clients.push((left, Some(socket)));
+                }
+                Err(why) => debug!("client {client} is not left to anybody: {why:?}"),
+            }
+        }
+        let mut estate = Estate {
+            clock: self.hub.now(),
+            last_lease,
+            last_client: ClientId(self.last_client),
+            buffers,
+            clients,
+            listeners: Parcel::new(),
+        };
+        let host = self.listener.take().map(|listener| (heirs::HOST.to_owned(), listener.into()));
+        estate.listeners.extend(host);
+        let (count, clients) = (estate.buffers.len(), estate.clients.len());
+        let result = std::mem::take(&mut self.heirs).leave(heir, estate);
+        info!("{count} buffers and {clients} clients are left to the successor");
+        *self.over.lock().unwrap_or_else(PoisonError::into_inner) = Some(result);
     }
 
     /// Accepts who waits.
@@ -234,10 +304,7 @@ impl Server {
             }
             let interest = conn.interest();
             if interest != *waits_for {
-                let mut set = EventSet::empty();
-                set.set(EventSet::IN, interest.read);
-                set.set(EventSet::OUT, interest.write);
-                match ops.modify(Events::with_data(&conn.as_fd(), *token, set)) {
+                match ops.modify(Events::with_data(&conn.as_fd(), *token, set_of(interest))) {
                     Ok(()) => *waits_for = interest,
                     Err(error) => error!("client {} is watched no more: {error}", conn.client()),
                 }
@@ -267,6 +334,13 @@ impl Server {
     }
 }
 
+fn set_of(interest: Interest) -> EventSet {
+    let mut set = EventSet::empty();
+    set.set(EventSet::IN, interest.read);
+    set.set(EventSet::OUT, interest.write);
+    set
+}
+
 impl MutEventSubscriber for Server {
     fn init(&mut self, ops: &mut EventOps) {
         let listener = self.listener.as_ref().map(|listener| (listener.as_fd(), LISTENER));
@@ -275,8 +349,16 @@ impl MutEventSubscriber for Server {
             (self.timer.as_fd(), TIMER),
             (self.hub.fence_wake(), FENCES),
         ];
-        for (source, token) in sources.into_iter().chain(listener) {
-            if let Err(error) = ops.add(Events::with_data(&source, token, EventSet::IN)) {
+        let (successor, signal) = self.heirs.sources();
+        let heirs = [successor.map(|fd| (fd, SUCCESSOR)), signal.map(|fd| (fd, SIGNAL))];
+        let all = sources.into_iter().chain(listener).chain(heirs.into_iter().flatten());
+        let all = all.map(|(source, token)| (source, token, EventSet::IN));
+        let clients = self
+            .conns
+            .iter()
+            .map(|(token, (conn, interest))| (conn.as_fd(), *token, set_of(*interest)));
+        for (source, token, set) in all.chain(clients) {
+            if let Err(error) = ops.add(Events::with_data(&source, token, set)) {
                 error!("the host socket's thread is deaf: {error}");
             }
         }
@@ -285,6 +367,12 @@ impl MutEventSubscriber for Server {
     fn process(&mut self, events: Events, ops: &mut EventOps) {
         match events.data() {
             LISTENER => self.accept(ops),
+            SUCCESSOR => {
+                if let Some(heir) = self.heirs.successor() {
+                    return self.leave(heir);
+                }
+            }
+            SIGNAL => return self.leave(Heir::Manager),
             WAKE => hub::consume(self.hub.host_wake()),
             FENCES => self.hub.fences_over(),
             TIMER => {

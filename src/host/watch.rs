@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 
+use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::wire::Type;
@@ -14,7 +15,7 @@ use crate::protocol::NAME_LEN;
 use crate::registry::{BufferInfo, Notice};
 
 /// What the client was last told about a buffer.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 struct Told {
     generation: u64,
     access: Access,
@@ -42,8 +43,8 @@ pub trait Buffers {
     fn after(&self, uuid: Uuid) -> Vec<Uuid>;
 }
 
-/// A client's watch.
-#[derive(Debug)]
+/// A client's watch. A daemon's successor goes on with it.
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Watch {
     me: ClientId,
     only: Option<Uuid>,

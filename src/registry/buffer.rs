@@ -4,6 +4,7 @@
 
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::sync::SyncState;
@@ -11,7 +12,7 @@ use crate::ids::{Access, AttachmentId, BufferKey, ClientId, HandleId, LeaseId, P
 use crate::protocol::{Mode, NAME_LEN};
 
 /// What a buffer is for, as its exporter said.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Description {
     /// Bytes.
     pub size: u64,
@@ -37,7 +38,7 @@ pub struct Grant {
 }
 
 /// A host client's use of a buffer.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Lease {
     /// Its number.
     pub id: LeaseId,

@@ -15,6 +15,7 @@ mod access;
 mod buffer;
 mod exporter;
 mod fence;
+mod handover;
 mod host;
 mod importer;
 #[cfg(test)]
@@ -36,6 +37,7 @@ use uuid::Uuid;
 pub use access::{Begun, Ended, SyncRequest};
 pub use buffer::{Buffer, Description, Foreign, Grant, Lease, Phase};
 pub use exporter::{Exported, GrantRequest, HandleState, Part, Ticket};
+pub use handover::Left;
 pub use host::{Acquired, BufferInfo, LeaseInfo};
 pub use importer::{AttachRequest, Attached, Attachment, MapRequest, MapTicket, Mapping};
 pub use outbox::{Audit, Done, FenceWait, Fences, Notice, Outbox};
@@ -130,6 +132,8 @@ pub struct Registry<H> {
     last_lease: u64,
     last_session: u64,
     last_attachment: u64,
+    /// The daemon has left: no session begins any more.
+    left: bool,
     outbox: Outbox<H>,
 }
 
@@ -183,6 +187,7 @@ impl<H: Clone> Registry<H> {
             last_lease: 0,
             last_session: 0,
             last_attachment: 0,
+            left: false,
             outbox: Outbox::default(),
         }
     }

@@ -2004,6 +2004,7 @@ fn same(one: &Registry<Rc<()>>, other: &Registry<Rc<()>>) -> bool {
         last_lease,
         last_session,
         last_attachment,
+        left: _,
         outbox,
     } = one;
     let quiet = |vms: &BTreeMap<PeerId, Vm<Rc<()>>>| {

@@ -73,8 +73,12 @@ pub struct PeerView {
 
 impl<H: Clone> Registry<H> {
     /// Starts a session of a VM: a new connection, which is a new epoch, or a guest that reset its
-    /// device. An earlier session ends. `None` for a VM that is not configured.
+    /// device. An earlier session ends. `None` for a VM that is not configured, and after
+    /// [`leave`](Self::leave).
     pub fn open_session(&mut self, peer: PeerId, connected: bool) -> Option<SessionId> {
+        if self.left {
+            return None;
+        }
         if let Some(earlier) = self.vms.get(&peer)?.session {
             self.close_session(earlier);
         }

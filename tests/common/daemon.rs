@@ -3,6 +3,7 @@
 //! It knows the command line and /proc, nothing of vhost-user. A daemon that is dropped is killed;
 //! where the test failed, its log goes to the test's output first.
 
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -22,11 +23,13 @@ pub struct Launch {
     pub args: Vec<String>,
     /// Whether a host socket is wanted.
     pub host_socket: bool,
+    /// Added to its environment.
+    pub env: Vec<(String, OsString)>,
 }
 
 impl Default for Launch {
     fn default() -> Self {
-        Self { vms: vec!["name=a".into()], args: Vec::new(), host_socket: true }
+        Self { vms: vec!["name=a".into()], args: Vec::new(), host_socket: true, env: Vec::new() }
     }
 }
 
@@ -35,28 +38,8 @@ impl Launch {
     pub fn start(self) -> Daemon {
         let dir =
             tempfile::Builder::new().prefix("bufshare-").tempdir().expect("temporary directory");
-        let mut command = Command::new(binary());
-        let mut sockets = Vec::new();
-        for vm in &self.vms {
-            let socket = dir.path().join(format!("{}.sock", vm_name(vm)));
-            command.arg("--vm").arg(format!("{vm},socket={}", socket.display()));
-            sockets.push(socket);
-        }
-        if self.host_socket {
-            let socket = dir.path().join("host.sock");
-            command.arg("--host-socket").arg(&socket);
-            sockets.push(socket);
-        }
-        let here = dir.path().display().to_string();
-        command.args(self.args.iter().map(|arg| arg.replace("@DIR@", &here)));
-        let log = File::create(dir.path().join("log")).expect("log file");
-        let child = command
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(log)
-            .spawn()
-            .unwrap_or_else(|e| panic!("cannot start {}: {e}", binary().display()));
-        let mut daemon = Daemon { child, dir };
+        let (command, sockets) = self.command(dir.path());
+        let mut daemon = Daemon { child: spawn(command, dir.path()), dir };
         let ready = wait_for(Duration::from_secs(20), || {
             daemon.exited().is_some() || sockets.iter().all(|socket| socket.exists())
         });
@@ -66,6 +49,37 @@ impl Launch {
         assert!(ready, "the daemon made no sockets");
         daemon
     }
+
+    /// The command that starts it in a directory, and the sockets that it will make.
+    pub fn command(self, dir: &Path) -> (Command, Vec<PathBuf>) {
+        let mut command = Command::new(binary());
+        command.envs(self.env);
+        let mut sockets = Vec::new();
+        for vm in &self.vms {
+            let socket = dir.join(format!("{}.sock", vm_name(vm)));
+            command.arg("--vm").arg(format!("{vm},socket={}", socket.display()));
+            sockets.push(socket);
+        }
+        if self.host_socket {
+            let socket = dir.join("host.sock");
+            command.arg("--host-socket").arg(&socket);
+            sockets.push(socket);
+        }
+        let here = dir.display().to_string();
+        command.args(self.args.iter().map(|arg| arg.replace("@DIR@", &here)));
+        (command, sockets)
+    }
+}
+
+/// Starts it; its log goes behind what is there.
+fn spawn(mut command: Command, dir: &Path) -> Child {
+    let log = File::options().create(true).append(true).open(dir.join("log")).expect("log file");
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(log)
+        .spawn()
+        .unwrap_or_else(|e| panic!("cannot start {command:?}: {e}"))
 }
 
 /// A running daemon.
@@ -150,6 +164,12 @@ impl Daemon {
             "SIGTERM did not end the daemon"
         );
         self.exited().expect("just seen")
+    }
+
+    /// Another one in its place and directory; how the one before ended, which it does by itself.
+    pub fn replace(&mut self, command: Command) -> ExitStatus {
+        let mut before = std::mem::replace(&mut self.child, spawn(command, self.dir.path()));
+        before.wait().expect("waitpid")
     }
 
     /// SIGKILL.
