@@ -80,14 +80,16 @@ impl Rings {
 
     /// Whether the guest reset the device: all rings begin again, though chains were served.
     pub fn were_reset(&self, vrings: &[Vring]) -> bool {
-        self.served
-            && self.left_at.iter().any(|at| *at != 0)
-            && vrings.iter().all(|vring| vring.queue_next_avail() == 0)
+        self.have_begun_again(vrings.iter().map(|vring| vring.queue_next_avail()))
+    }
+
+    fn have_begun_again(&self, mut next_avail: impl Iterator<Item = u16>) -> bool {
+        self.served && self.left_at.iter().any(|at| *at != 0) && next_avail.all(|next| next == 0)
     }
 
     /// Takes the next chain of a ring; `None` where there is none, or the ring is stopped or broken.
     pub fn take(&mut self, vrings: &[Vring], queue: u16) -> Option<Chain> {
-        let mut vring = Self::started(vrings, queue)?;
+        let mut vring = self.same(vrings, queue)?;
         let chain = vring.get_queue_mut().pop_descriptor_chain(self.memory.memory())?;
         if let Some(at) = self.left_at.get_mut(usize::from(queue)) {
             *at = vring.get_queue().next_avail();
@@ -98,7 +100,7 @@ impl Rings {
 
     /// Tells the driver that it need not notify of chains: the worker looks by itself.
     pub fn mute(&mut self, vrings: &[Vring], queue: u16) {
-        let Some(mut vring) = Self::started(vrings, queue) else { return };
+        let Some(mut vring) = self.same(vrings, queue) else { return };
         if let Err(error) = vring.get_queue_mut().disable_notification(&*self.memory.memory()) {
             debug!("queue {queue} cannot be muted: {error}");
         }
@@ -106,7 +108,7 @@ impl Rings {
 
     /// Asks the driver to notify of the next chain. True where one came before that.
     pub fn listen(&mut self, vrings: &[Vring], queue: u16) -> bool {
-        let Some(mut vring) = Self::started(vrings, queue) else { return false };
+        let Some(mut vring) = self.same(vrings, queue) else { return false };
         let more = vring.get_queue_mut().enable_notification(&*self.memory.memory());
         more.unwrap_or_else(|error| {
             debug!("queue {queue} cannot be listened to: {error}");
@@ -120,6 +122,20 @@ impl Rings {
         (vring.is_enabled() && vring.get_queue().ready()).then_some(vring)
     }
 
+    /// As [`started`](Self::started), of a ring that did not begin again while the worker was busy:
+    /// what it has in hand is of before that, and a VMM starts no ring before it has set up all.
+    fn same<'a>(
+        &self,
+        vrings: &'a [Vring],
+        queue: u16,
+    ) -> Option<RwLockWriteGuard<'a, VringState<Memory>>> {
+        let vring = Self::started(vrings, queue)?;
+        let own = vring.get_queue().next_avail();
+        let others = vrings.iter().enumerate().filter(|(at, _)| *at != usize::from(queue));
+        let others = others.map(|(_, vring)| vring.queue_next_avail());
+        (own != 0 || !self.have_begun_again(others)).then_some(vring)
+    }
+
     /// Gives a chain back with its answer, or holds both until the ring runs again.
     pub fn give(&mut self, vrings: &[Vring], queue: u16, slot: Slot, answer: Vec<u8>) {
         let index = usize::from(queue);
@@ -131,9 +147,12 @@ impl Rings {
 
     /// Gives back what is held for a ring that runs again.
     pub fn flush(&mut self, vrings: &[Vring], queue: u16) {
-        let held = self.held.get_mut(usize::from(queue)).filter(|held| !held.is_empty());
-        let Some(held) = held else { return };
-        let Some(mut vring) = Self::started(vrings, queue) else { return };
+        let index = usize::from(queue);
+        if self.held.get(index).is_none_or(VecDeque::is_empty) {
+            return;
+        }
+        let Some(mut vring) = self.same(vrings, queue) else { return };
+        let Some(held) = self.held.get_mut(index) else { return };
         let memory = self.memory.memory();
         for (slot, answer) in held.drain(..) {
             let written = write(&memory, &slot.writable, &answer);

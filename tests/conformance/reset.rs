@@ -164,6 +164,33 @@ fn a_reset_forgets_pending_requests() {
     }
 }
 
+/// [dev-reset-3] [dev-reset-4] [dev-reset-5] The device is in the middle of a request meanwhile: a
+/// copy, which takes longer than a monitor that is quick takes to start the next guest.
+#[test]
+fn a_reset_in_the_midst_of_a_request_is_noticed() {
+    let args = ["--udmabuf", "off"].map(String::from).to_vec();
+    let daemon = Launch { args, ..Default::default() }.start();
+    let mut bed = Bed { guest: Guest::connect(&daemon, "a"), daemon };
+    let addr = bed.guest.pages(16 << 10);
+    for how in BOTH {
+        for pause in [0, 1, 2, 3] {
+            let request =
+                Export { segments: vec![(addr, (16 << 10) * PAGE)], ..Default::default() };
+            let export = bed.guest.export(request).expect("EXPORT");
+            let buffer = buffer(&export, addr, 16 << 10);
+            bed.guest.memory.fill(buffer.addr, buffer.size, 1);
+            let end = sync(&buffer, flag::SYNC_WRITE | flag::SYNC_END);
+            bed.guest.sync_start::<RespSync>(&end.bytes());
+            std::thread::sleep(Duration::from_millis(pause));
+            bed.guest.reset(how);
+            bed.guest.query(buffer.handle).refused(Status::NoEnt);
+            assert_eq!(bed.guest.sync_ring().wait_used(QUIET), None, "a ghost was answered");
+            bed.guest.expect_event(Opcode::EvtResync);
+            bed.guest.reconnect();
+        }
+    }
+}
+
 /// [dev-reset-6] Exports of a session that ended without a reset linger, too.
 #[test]
 fn a_lost_connection_is_a_reset_for_the_others() {
