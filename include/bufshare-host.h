@@ -30,6 +30,8 @@ enum bufshare_host_type {
 	BUFSHARE_HOST_WATCH        = 0x0003,
 	BUFSHARE_HOST_QUERY        = 0x0004,
 	BUFSHARE_HOST_STATS        = 0x0005,
+	BUFSHARE_HOST_INSPECT      = 0x0006,
+	BUFSHARE_HOST_HOLDERS      = 0x0007,
 	/* the holder of a lease */
 	BUFSHARE_HOST_ACQUIRE      = 0x0100,
 	BUFSHARE_HOST_RELEASE      = 0x0101,
@@ -249,6 +251,67 @@ struct bufshare_host_cancel {
 	bufshare_le64 target; /* cookie of a pending BEGIN of this connection */
 };
 
+/* ---- INSPECT, HOLDERS ------------------------------------------------------------------------------ */
+#define BUFSHARE_HOLDER_EXPORTER   1u
+#define BUFSHARE_HOLDER_LEASE      2u
+#define BUFSHARE_HOLDER_ATTACHMENT 3u
+#define BUFSHARE_HOLDER_F_REVOKED  (1u << 0) /* dead, but not handed back */
+#define BUFSHARE_HOLDER_F_FENCE    (1u << 1) /* waits for a fence of the host */
+#define BUFSHARE_REPORT_F_OWNER_GONE (1u << 0) /* its exporter's session is over */
+
+struct bufshare_host_inspect {
+	struct bufshare_host_req hdr;
+	uint8_t after[16]; /* zeros: from the start */
+};
+struct bufshare_host_report {
+	struct bufshare_host_buffer buffer;
+	bufshare_le64 age_ms;         /* since EXPORT */
+	bufshare_le32 state;          /* VIRTIO_BUFSHARE_ST_*, as the exporter sees it */
+	bufshare_le32 nr_leases;
+	bufshare_le32 nr_attachments; /* of other VMs */
+	bufshare_le32 nr_mappings;    /* of these attachments */
+	bufshare_le32 nr_waits;       /* pending BEGINs of anybody */
+	bufshare_le32 flags;          /* BUFSHARE_REPORT_F_* */
+};
+struct bufshare_host_resp_inspect {
+	struct bufshare_host_resp hdr;
+	bufshare_le32 count; /* 0: no more */
+	bufshare_le32 reserved;
+	/* struct bufshare_host_report reports[count]; */
+};
+struct bufshare_host_holders {
+	struct bufshare_host_req hdr;
+	uint8_t uuid[16];
+	bufshare_le32 first; /* index */
+	bufshare_le32 reserved;
+};
+struct bufshare_host_holder {
+	uint8_t name[64];          /* the operator's name for the VM; what the client calls itself */
+	bufshare_le64 number;      /* of the lease; handle of the export or attachment */
+	bufshare_le64 age_ms;      /* since ACQUIRE, ATTACH or EXPORT */
+	bufshare_le32 kind;        /* BUFSHARE_HOLDER_* */
+	bufshare_le32 peer;        /* peer id */
+	bufshare_le32 pid;         /* LEASE: of the client when it connected, as the daemon sees it */
+	bufshare_le32 access;      /* what it may do */
+	bufshare_le32 holds;       /* BEGIN without END */
+	bufshare_le32 waits;       /* BEGIN that is pending */
+	bufshare_le32 place;       /* of its first pending BEGIN in the queue, from 1; 0: none */
+	bufshare_le32 left_ms;     /* until that one times out */
+	bufshare_le32 nr_mappings; /* ATTACHMENT */
+	bufshare_le32 flags;       /* BUFSHARE_HOLDER_F_* */
+};
+struct bufshare_host_resp_holders {
+	struct bufshare_host_resp hdr;
+	struct bufshare_host_report report;
+	bufshare_le64 device;     /* st_dev and st_ino of the fd that leases get; 0: there is none */
+	bufshare_le64 inode;
+	bufshare_le32 references; /* on this host, besides the daemon's own; ~0: unknown */
+	bufshare_le32 fd_kind;    /* BUFSHARE_FD_* */
+	bufshare_le32 count;      /* holders that follow */
+	bufshare_le32 nr_holders; /* all holders */
+	/* struct bufshare_host_holder holders[count]; */
+};
+
 #ifndef __cplusplus
 #define BUFSHARE_SIZE(t, n) _Static_assert(sizeof(struct t) == (n) && (n) % 8 == 0, #t)
 BUFSHARE_SIZE(bufshare_host_req, 16);
@@ -274,6 +337,12 @@ BUFSHARE_SIZE(bufshare_host_release, 24);
 BUFSHARE_SIZE(bufshare_host_sync, 48);
 BUFSHARE_SIZE(bufshare_host_resp_sync, 24);
 BUFSHARE_SIZE(bufshare_host_cancel, 24);
+BUFSHARE_SIZE(bufshare_host_inspect, 32);
+BUFSHARE_SIZE(bufshare_host_report, 192);
+BUFSHARE_SIZE(bufshare_host_resp_inspect, 24);
+BUFSHARE_SIZE(bufshare_host_holders, 40);
+BUFSHARE_SIZE(bufshare_host_holder, 120);
+BUFSHARE_SIZE(bufshare_host_resp_holders, 240);
 #undef BUFSHARE_SIZE
 #endif
 

@@ -143,7 +143,8 @@ fn export(hub: &Hub, vm: Context<'_>, request: Export<'_>) -> Result<Reply, Refu
         })
         .map(|(backing, mode)| {
             let observable = backing.kind() == crate::dmabuf::FdKind::DmaBuf;
-            Exported { backing: backing.into(), mode, uuid: Uuid::new_v4(), observable }
+            let (uuid, since) = (Uuid::new_v4(), hub.now());
+            Exported { backing: backing.into(), mode, uuid, observable, since }
         });
     drop(parent);
     let (made, refusal) = match made {

@@ -201,10 +201,24 @@ impl DmaBufs {
         Ok((Backing { fd, pages, private }, Mode::Copy))
     }
 
-    /// Whether anybody but us holds the dma-buf: descriptors elsewhere or in flight, mappings,
-    /// attachments. False for a memfd, where that cannot be seen.
+    /// Whether anybody but us holds the dma-buf. False for a memfd, where that cannot be seen.
     pub fn held_elsewhere(&self, backing: &Backing) -> io::Result<bool> {
-        let Some(fd) = &backing.fd else { return Ok(false) };
+        Ok(self.references(backing)?.is_some_and(|references| references > 0))
+    }
+
+    /// `st_dev` and `st_ino` of what consumers get.
+    pub fn place(&self, backing: &Backing) -> io::Result<(u64, u64)> {
+        let none = || io::Error::other("a mapping is for nobody else");
+        let private = backing.private.as_ref().map(|file| file.as_fd());
+        let fd = backing.fd.as_ref().map(AsFd::as_fd).or(private).ok_or_else(none)?;
+        let stat = rustix::fs::fstat(fd)?;
+        Ok((stat.st_dev, stat.st_ino))
+    }
+
+    /// References to the dma-buf that are not ours: descriptors elsewhere or in flight, mappings,
+    /// attachments. `None` for a memfd, where they cannot be counted.
+    pub fn references(&self, backing: &Backing) -> io::Result<Option<u64>> {
+        let Some(fd) = &backing.fd else { return Ok(None) };
         let name = fd.as_raw_fd().to_string();
         let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::CLOEXEC;
         let file = rustix::fs::openat(&self.fdinfo, name, flags, rustix::fs::Mode::empty())?;
@@ -212,7 +226,7 @@ impl DmaBufs {
         let count =
             text.lines().find_map(|line| line.strip_prefix("count:")?.trim().parse::<u64>().ok());
         let missing = || io::Error::other("/proc/self/fdinfo tells no count of a dma-buf");
-        Ok(count.ok_or_else(missing)? > 1)
+        Ok(Some(count.ok_or_else(missing)?.saturating_sub(1)))
     }
 }
 

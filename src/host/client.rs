@@ -29,7 +29,7 @@ pub const DEFAULT_SOCKET: &str = "/run/bufshare/host.sock";
 /// A connection to the daemon.
 #[derive(Debug)]
 pub struct Client {
-    channel: Channel,
+    pub(super) channel: Channel,
     daemon: Daemon,
 }
 

@@ -73,11 +73,7 @@ impl Buffers for Look<'_> {
     }
 
     fn after(&self, uuid: Uuid) -> Vec<Uuid> {
-        self.0
-            .read(|registry| registry.host_page(uuid, PAGE))
-            .iter()
-            .map(|info| info.uuid)
-            .collect()
+        self.0.host_page(uuid, PAGE).iter().map(|info| info.uuid).collect()
     }
 }
 

@@ -2,16 +2,18 @@
 //! (`spec/host-socket.md`).
 //!
 //! Both sides: `wire` holds the bytes, `packet` moves them, `image` reads what exporters say of their
-//! pictures. Programs: `client` (`channel`, `values` and `error` are its parts). Daemon: `listener`
-//! admits, `server` is the thread, `conn` one connection, `request` one request, `watch` what is
-//! still to be told.
+//! pictures. Programs: `client` (`channel`, `values`, `holders` and `error` are its parts). Daemon:
+//! `listener` admits, `server` is the thread, `conn` one connection, `request` one request (`inspect` two
+//! of them), `watch` what is still to be told.
 
 mod channel;
 pub mod client;
 pub mod conn;
 pub mod error;
 pub mod heirs;
+pub mod holders;
 pub mod image;
+mod inspect;
 pub mod listener;
 pub mod packet;
 mod request;

@@ -9,10 +9,10 @@ use std::time::Duration;
 use uuid::Uuid;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
+use super::inspect;
 use super::packet::Packet;
 use super::watch::Watch;
 use super::wire::{self, MAX_PACKET, Type};
-use crate::dmabuf::FdKind;
 use crate::hub::Hub;
 use crate::ids::{Access, ClientId, Cookie, LeaseId, PeerId};
 use crate::limits::{MAX_CLIENT_WAITS, MAX_LEASES, MAX_WAIT};
@@ -26,6 +26,8 @@ pub struct Person {
     pub pid: u32,
     /// What it calls itself.
     pub name: [u8; NAME_LEN],
+    /// It may see the buffers of all VMs.
+    pub operator: bool,
 }
 
 /// All clients that are connected.
@@ -158,6 +160,13 @@ impl Session {
             Type::Watch => self.watch(&parse(bytes)?),
             Type::Query => query(&parse(bytes)?, hub, people),
             Type::Stats => stats(&parse(bytes)?, hub),
+            Type::Inspect => {
+                Ok(inspect::inspect(ok(req), &parse(bytes)?, hub, self.sees_all(people)).into())
+            }
+            Type::Holders => {
+                let (request, world) = (parse(bytes)?, (hub, people));
+                Ok(inspect::holders(ok(req), &request, world, self.sees_all(people))?.into())
+            }
             Type::Acquire => self.acquire(&parse(bytes)?, hub),
             Type::Release => {
                 let request: wire::Release = parse(bytes)?;
@@ -175,6 +184,10 @@ impl Session {
             Type::EvtOffered | Type::EvtRevoked | Type::EvtWithdrawn => Err(Status::Unsupp.into()),
             Type::EvtChanged | Type::EvtResync => Err(Status::Unsupp.into()),
         }
+    }
+
+    fn sees_all(&self, people: &People) -> bool {
+        people.get(&self.client).is_some_and(|person| person.operator)
     }
 
     fn hello(&mut self, request: &wire::Hello) -> Result<Answer, Refusal> {
@@ -219,12 +232,7 @@ impl Session {
             lease: got.lease.0.into(),
             access: access.bits().into(),
             mode: got.info.mode.to_wire().into(),
-            fd_kind: match got.backing.kind() {
-                FdKind::DmaBuf => wire::FdKind::DmaBuf,
-                FdKind::Memfd => wire::FdKind::MemFd,
-            }
-            .to_wire()
-            .into(),
+            fd_kind: inspect::fd_kind(got.backing.kind()).to_wire().into(),
             // Neither udmabuf nor a sealed memfd can be had read-only.
             flags: (if access.write { 0 } else { wire::flag::LEASE_WRITABLE }).into(),
             buffer: record(&got.info),
@@ -296,7 +304,7 @@ fn synced(cookie: u64, generation: u64) -> Outgoing {
 
 fn list(request: &wire::List, hub: &Hub) -> Result<Answer, Refusal> {
     let room = (MAX_PACKET - size_of::<wire::RespList>()) / size_of::<wire::Buffer>();
-    let page = hub.read(|registry| registry.host_page(Uuid::from_bytes(request.after), room));
+    let page = hub.host_page(Uuid::from_bytes(request.after), room);
     let count = (page.len() as u32).into();
     let mut bytes =
         wire::RespList { hdr: ok(&request.hdr), count, ..Default::default() }.as_bytes().to_vec();

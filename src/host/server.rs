@@ -28,7 +28,7 @@ use crate::estate::Estate;
 use crate::handover::Parcel;
 use crate::hub::{self, Hub};
 use crate::ids::ClientId;
-use crate::ioctl::peer_credentials;
+use crate::ioctl::{PeerCredentials, peer_credentials};
 use crate::limits::MAX_CLIENTS;
 use crate::protocol::{NAME_LEN, Status};
 use crate::throttle::Throttle;
@@ -103,7 +103,7 @@ impl Server {
             };
             let conn = Conn::inherit(left, socket, &self.hub);
             let name = conn.name().unwrap_or_default();
-            self.people.insert(client, Person { pid: peer.pid, name });
+            self.people.insert(client, self.person(&peer, name));
             let interest = conn.interest();
             self.conns.insert(token, (conn, interest));
         }
@@ -153,6 +153,11 @@ impl Server {
         *self.over.lock().unwrap_or_else(PoisonError::into_inner) = Some(result);
     }
 
+    fn person(&self, peer: &PeerCredentials, name: [u8; NAME_LEN]) -> Person {
+        let operator = self.listener.as_ref().is_some_and(|to| to.is_operator(peer.uid));
+        Person { pid: peer.pid, name, operator }
+    }
+
     /// Accepts who waits.
     fn accept(&mut self, ops: &mut EventOps) {
         for _ in 0..TURN {
@@ -195,7 +200,7 @@ impl Server {
                 continue;
             }
             debug!("client {client}: pid {}, user {}", peer.pid, peer.uid);
-            self.people.insert(client, Person { pid: peer.pid, name: [0; NAME_LEN] });
+            self.people.insert(client, self.person(&peer, [0; NAME_LEN]));
             let interest = Interest { read: true, write: false };
             self.conns.insert(token, (Conn::new(socket, client), interest));
         }

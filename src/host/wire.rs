@@ -22,6 +22,9 @@ pub mod flag {
     #![allow(missing_docs)]
     pub const ACQUIRE_ZERO_COPY: u16 = 1 << 0;
     pub const LEASE_WRITABLE: u32 = 1 << 0;
+    pub const HOLDER_REVOKED: u32 = 1 << 0;
+    pub const HOLDER_FENCE: u32 = 1 << 1;
+    pub const REPORT_OWNER_GONE: u32 = 1 << 0;
 }
 
 wire_enum! {
@@ -32,6 +35,8 @@ wire_enum! {
         Watch = 0x0003, "WATCH";
         Query = 0x0004, "QUERY";
         Stats = 0x0005, "STATS";
+        Inspect = 0x0006, "INSPECT";
+        Holders = 0x0007, "HOLDERS";
         Acquire = 0x0100, "ACQUIRE";
         Release = 0x0101, "RELEASE";
         Sync = 0x0102, "SYNC";
@@ -53,6 +58,15 @@ wire_enum! {
     FdKind: u32 {
         DmaBuf = 1, "dma-buf";
         MemFd = 2, "memfd";
+    }
+}
+
+wire_enum! {
+    /// What a holder has.
+    HolderKind: u32 {
+        Exporter = 1, "exporter";
+        Lease = 2, "lease";
+        Attachment = 3, "attachment";
     }
 }
 
@@ -171,6 +185,63 @@ wire_struct! {
     Cancel [24] { hdr: Req, target: U64, }
 }
 
+wire_struct! {
+    /// INSPECT: reports of the buffers whose UUIDs follow `after`.
+    Inspect [32] { hdr: Req, after: [u8; 16], }
+}
+wire_struct! {
+    /// A buffer and how it is used.
+    Report [192] {
+        buffer: Buffer,
+        age_ms: U64,
+        state: U32,
+        nr_leases: U32,
+        nr_attachments: U32,
+        nr_mappings: U32,
+        nr_waits: U32,
+        flags: U32,
+    }
+}
+wire_struct! {
+    /// Answer to INSPECT; `count` reports follow.
+    RespInspect [24] { hdr: Resp, count: U32, reserved: U32, }
+}
+wire_struct! {
+    /// HOLDERS of one buffer, from `first` on.
+    Holders [40] { hdr: Req, uuid: [u8; 16], first: U32, reserved: U32, }
+}
+wire_struct! {
+    /// Somebody with a right to a buffer.
+    Holder [120] {
+        name: [u8; PEER_NAME_LEN],
+        number: U64,
+        age_ms: U64,
+        kind: U32,
+        peer: U32,
+        pid: U32,
+        access: U32,
+        holds: U32,
+        waits: U32,
+        place: U32,
+        left_ms: U32,
+        nr_mappings: U32,
+        flags: U32,
+    }
+}
+wire_struct! {
+    /// Answer to HOLDERS; `count` holders follow.
+    RespHolders [240] {
+        hdr: Resp,
+        report: Report,
+        device: U64,
+        inode: U64,
+        references: U32,
+        fd_kind: U32,
+        count: U32,
+        nr_holders: U32,
+    }
+}
+
 /// UTF-8 text in a NUL-padded field, cut at a character's boundary where it is too long.
 pub fn pad_text<const N: usize>(text: &str) -> [u8; N] {
     let mut field = [0; N];
@@ -266,6 +337,12 @@ mod tests {
             ("host_sync", size_of::<Sync>()),
             ("host_resp_sync", size_of::<RespSync>()),
             ("host_cancel", size_of::<Cancel>()),
+            ("host_inspect", size_of::<Inspect>()),
+            ("host_report", size_of::<Report>()),
+            ("host_resp_inspect", size_of::<RespInspect>()),
+            ("host_holders", size_of::<Holders>()),
+            ("host_holder", size_of::<Holder>()),
+            ("host_resp_holders", size_of::<RespHolders>()),
         ];
         assert_eq!(sizes.len(), header.matches("BUFSHARE_SIZE(bufshare_").count());
         for (name, size) in sizes {

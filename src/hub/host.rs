@@ -10,7 +10,7 @@ use uuid::Uuid;
 use super::{HostNews, Hub, Memory, lock};
 use crate::ids::{Access, ClientId, Cookie, LeaseId};
 use crate::protocol::Status;
-use crate::registry::{Acquired, Begun, BufferInfo, Registry, SyncRequest};
+use crate::registry::{Acquired, Begun, BufferInfo, Registry, Report, SyncRequest};
 
 impl Hub {
     /// Readable when [`take_host_news`](Self::take_host_news) has something, or a deadline may have
@@ -30,6 +30,36 @@ impl Hub {
         self.with(Registry::tick);
         let next = self.read(Registry::next_deadline)?;
         Some(next.saturating_sub(self.now()))
+    }
+
+    /// At most `max` of the buffers that the host may see: those whose UUIDs follow `after`, in that
+    /// order; fewer are the last ones.
+    pub fn host_page(&self, after: Uuid, max: usize) -> Vec<BufferInfo> {
+        self.page(after, max, |registry, after, max| registry.host_page(after, max))
+    }
+
+    /// The same as reports; of `all` buffers, or of those that the host may see.
+    pub fn report_page(&self, after: Uuid, max: usize, all: bool) -> Vec<Report> {
+        let now = self.now();
+        self.page(after, max, |registry, after, max| registry.report_page(after, max, all, now))
+    }
+
+    /// Others get the registry between two looks.
+    fn page<T>(
+        &self,
+        mut after: Uuid,
+        max: usize,
+        look: impl Fn(&Registry<Memory>, Uuid, usize) -> (Vec<T>, Option<Uuid>),
+    ) -> Vec<T> {
+        let mut page = Vec::new();
+        loop {
+            let (more, next) = self.read(|registry| look(registry, after, max - page.len()));
+            page.extend(more);
+            match next {
+                Some(next) if page.len() < max => after = next,
+                _ => return page,
+            }
+        }
     }
 
     /// One of them.

@@ -100,6 +100,8 @@ pub struct Buffer<H> {
     pub(super) uuid: Uuid,
     pub(super) what: Description,
     pub(super) mode: Mode,
+    /// When it was exported, since the daemon's start.
+    pub(super) since: Duration,
     /// `None` once the memory is given up.
     pub(super) backing: Option<H>,
     pub(super) pool: Option<BufferKey>,

@@ -44,6 +44,8 @@ pub struct Exported<H> {
     pub uuid: Uuid,
     /// References to the memory can be counted.
     pub observable: bool,
+    /// When, since the daemon's start.
+    pub since: Duration,
 }
 
 /// GRANT.
@@ -165,6 +167,7 @@ impl<H: Clone> Registry<H> {
             uuid: made.uuid,
             what,
             mode: made.mode,
+            since: made.since,
             backing: Some(made.backing),
             pool,
             parts: 0,
@@ -337,7 +340,7 @@ impl<H: Clone> Registry<H> {
         Ok(())
     }
 
-    fn state_of(&self, key: BufferKey) -> Option<HandleState> {
+    pub(super) fn state_of(&self, key: BufferKey) -> Option<HandleState> {
         let buffer = self.buffers.get(&key)?;
         let use_count = buffer.use_count();
         let mappings = buffer.attachments.iter().filter_map(|held| {

@@ -132,6 +132,7 @@ impl Left {
             uuid: self.uuid,
             what: self.what,
             mode,
+            since: now,
             backing: Some(memory),
             pool: None,
             parts: 0,

@@ -3,7 +3,6 @@
 //! It does not know sockets, processes or descriptors; a client is a number.
 
 use std::collections::BTreeSet;
-use std::ops::Bound;
 use std::time::Duration;
 
 use uuid::Uuid;
@@ -62,10 +61,12 @@ pub struct Acquired<H> {
 
 impl<H: Clone> Registry<H> {
     /// At most `max` of the buffers that the host may acquire or holds a lease of: those whose UUIDs
-    /// follow `after`, in that order.
-    pub fn host_page(&self, after: Uuid, max: usize) -> Vec<BufferInfo> {
-        let later = self.by_uuid.range((Bound::Excluded(after), Bound::Unbounded));
-        later.filter_map(|(uuid, _)| self.info(*uuid, |_| false)).take(max).collect()
+    /// follow `after`, in that order. Also where to go on, as long as there may be more.
+    pub fn host_page(&self, after: Uuid, max: usize) -> (Vec<BufferInfo>, Option<Uuid>) {
+        self.page(after, max, |key| {
+            let buffer = self.buffers.get(&key).filter(|_| self.host_sees(key))?;
+            Some(self.info_of(key, buffer, |_| false))
+        })
     }
 
     /// The buffer, if the host may acquire it or holds a lease of it.
@@ -91,7 +92,7 @@ impl<H: Clone> Registry<H> {
         leased || !self.host_access(key).is_none()
     }
 
-    fn info_of(
+    pub(super) fn info_of(
         &self,
         key: BufferKey,
         buffer: &Buffer<H>,

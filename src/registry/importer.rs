@@ -26,6 +26,8 @@ pub struct Attachment<H> {
     pub(super) exporter: PeerId,
     pub(super) size: u64,
     pub(super) access: Access,
+    /// Since the daemon's start.
+    pub(super) since: Duration,
     /// Dead: only QUERY, UNMAP and DETACH work.
     pub(super) revoked: bool,
     pub(super) told_revoked: bool,
@@ -142,6 +144,7 @@ impl<H: Clone> Registry<H> {
             exporter: buffer.owner,
             size: buffer.what.size,
             access: request.access,
+            since: now,
             revoked: false,
             told_revoked: false,
             told_generation: buffer.generation,

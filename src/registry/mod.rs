@@ -22,6 +22,7 @@ mod importer;
 mod model;
 mod offer;
 mod outbox;
+mod report;
 mod session;
 mod sync;
 #[cfg(test)]
@@ -41,6 +42,7 @@ pub use handover::Left;
 pub use host::{Acquired, BufferInfo, LeaseInfo};
 pub use importer::{AttachRequest, Attached, Attachment, MapRequest, MapTicket, Mapping};
 pub use outbox::{Audit, Done, FenceWait, Fences, Notice, Outbox};
+pub use report::{HolderInfo, Holders, Report, Who};
 pub use session::{Event, EventKind, PeerView, Wants};
 pub use sync::{Holder, Origin, Waiter};
 pub use transfer::{Copy, CopyTicket, Move, Place, View};
@@ -210,12 +212,6 @@ impl<H: Clone> Registry<H> {
     /// Leases that exist.
     pub fn lease_count(&self) -> usize {
         self.clients.values().map(BTreeMap::len).sum()
-    }
-
-    /// Attachments and mappings that importers have, dead ones that they keep included.
-    pub fn import_count(&self) -> (usize, usize) {
-        let of = |vm: &Vm<H>| (vm.attachments.len(), vm.mappings.len());
-        self.vms.values().map(of).fold((0, 0), |sum, of| (sum.0 + of.0, sum.1 + of.1))
     }
 
     /// When [`tick`](Self::tick) is due next; `None` while nothing waits for time to pass.

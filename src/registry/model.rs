@@ -1091,7 +1091,8 @@ impl World {
         let uuid = Uuid::from_u128(self.exports.len() as u128 + 1);
         let observable = !copy || uuid.as_u128().is_multiple_of(2);
         let mode = if copy { Mode::Copy } else { Mode::ZeroCopy };
-        let made = Exported { backing: self.memory.clone(), mode, uuid, observable };
+        let since = self.now;
+        let made = Exported { backing: self.memory.clone(), mode, uuid, observable, since };
         let (size, access) = (what.size, what.access);
         let result =
             self.registry.finish_export(ticket, if ok { Ok(made) } else { Err(Status::NoMem) });

@@ -113,8 +113,12 @@ impl SyncState {
         self.held.is_empty() && self.waiting.is_empty()
     }
 
+    /// Those in front of fences of the host.
+    pub fn fenced(&self) -> impl Iterator<Item = &Waiter> {
+        self.fenced.iter().map(|one| &one.waiter)
+    }
+
     /// Those in the queue, first come first.
-    #[cfg(test)]
     pub fn waiters(&self) -> impl Iterator<Item = &Waiter> {
         self.waiting.iter()
     }

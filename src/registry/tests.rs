@@ -77,7 +77,7 @@ impl World {
     fn made(&mut self, mode: Mode) -> Exported<Rc<()>> {
         self.exports += 1;
         let uuid = Uuid::from_u128(self.exports);
-        Exported { backing: self.memory.clone(), mode, uuid, observable: true }
+        Exported { backing: self.memory.clone(), mode, uuid, observable: true, since: self.now }
     }
 
     fn try_export(
@@ -449,11 +449,11 @@ mod grants {
         let mut w = World::new();
         let export = w.export();
         assert_eq!(w.try_acquire(ANNE, export, READ), Err(Status::NoEnt));
-        assert_eq!(w.registry.host_page(Uuid::nil(), usize::MAX), []);
+        assert_eq!(w.registry.host_page(Uuid::nil(), usize::MAX).0, []);
         assert_eq!(w.registry.host_info(export.uuid), None);
         w.grant(export);
         assert_eq!(w.notices(), [Notice::Offered(export.uuid)]);
-        assert_eq!(w.registry.host_page(Uuid::nil(), usize::MAX).len(), 1);
+        assert_eq!(w.registry.host_page(Uuid::nil(), usize::MAX).0.len(), 1);
         w.acquire(ANNE, export);
     }
 
@@ -465,7 +465,7 @@ mod grants {
             w.grant(export);
         }
         let page = |after, max| -> Vec<_> {
-            w.registry.host_page(after, max).into_iter().map(|info| info.uuid).collect()
+            w.registry.host_page(after, max).0.into_iter().map(|info| info.uuid).collect()
         };
         assert_eq!(page(Uuid::nil(), 2), [exports[0].uuid, exports[2].uuid]);
         assert_eq!(page(exports[2].uuid, 2), [exports[3].uuid]);

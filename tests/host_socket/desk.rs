@@ -111,7 +111,9 @@ impl Desk {
         let (backing, mode) = self.hub.dmabufs.make(pages, SIZE, wish, name).unwrap();
         assert_eq!(backing.kind(), FdKind::Memfd);
         let uuid = Uuid::new_v4();
-        let made = Exported { backing: Arc::new(backing), mode, uuid, observable: false };
+        let since = self.hub.now();
+        let backing = Arc::new(backing);
+        let made = Exported { backing, mode, uuid, observable: false, since };
         let (handle, uuid, _) = self
             .hub
             .with(|registry, _| {

@@ -5,6 +5,7 @@
 mod common;
 mod desk;
 mod events;
+mod holders;
 mod programs;
 
 use std::fs::File;

@@ -19,10 +19,10 @@ use zerocopy::IntoBytes;
 use crate::common::{Daemon, Export, Grant, Guest, Launch, PAGE, Sync, name, skip, wait_for};
 use crate::desk::READ;
 
-const NOBODY: u32 = 65534;
+pub const NOBODY: u32 = 65534;
 const WIDTH: u32 = 64;
 const HEIGHT: u32 = 32;
-const SOON: Duration = Duration::from_secs(10);
+pub const SOON: Duration = Duration::from_secs(10);
 
 /// Exports an XR24 image of two pages, drawn and complete, and grants READ to the host.
 fn draw(guest: &mut Guest) -> (u64, Uuid, Mode, u64) {
@@ -56,12 +56,12 @@ fn draw(guest: &mut Guest) -> (u64, Uuid, Mode, u64) {
     (handle, Uuid::from_bytes(export.uuid), mode, addr)
 }
 
-fn ctl(daemon: &Daemon, args: &[&str]) -> Output {
+pub fn ctl(daemon: &Daemon, args: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_bufsharectl"));
     command.arg("--host-socket").arg(daemon.host_socket()).args(args).output().unwrap()
 }
 
-fn json(output: &Output) -> Value {
+pub fn json(output: &Output) -> Value {
     assert!(output.status.success(), "{output:?}");
     serde_json::from_slice(&output.stdout).unwrap()
 }

@@ -1,21 +1,29 @@
 //! `bufsharectl`: looks at the buffers that VMs offer to this host.
 //!
-//! It talks to the daemon's host socket and knows nothing else of the daemon. Exit status: 0 done,
+//! It talks to the daemon's host socket and knows nothing else of the daemon; who holds a buffer without
+//! telling the daemon it looks up in /proc, with its caller's rights. Exit status: 0 done,
 //! 1 another failure, 2 wrong usage, 3 no connection to the daemon, 4 no such buffer, 5 the daemon
 //! refused, 6 the content is no picture that can be read here.
 
 mod dump;
+mod processes;
 mod show;
+mod top;
+mod who;
 
 use std::io::{self, Write};
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use bufshare::host::client::{self, Buffer, Client};
+use bufshare::host::holders::{Holders, Memory};
 use bufshare::host::image::ImageError;
 use bufshare::protocol::Status;
 use clap::{Parser, Subcommand};
 use thiserror::Error;
+use uuid::Uuid;
 
 /// Looks at the buffers that virtual machines offer to this host.
 #[derive(Debug, Parser)]
@@ -42,9 +50,9 @@ enum Command {
         #[arg(value_name = "UUID|NAME")]
         buffer: Option<String>,
     },
-    /// Show everything about one buffer, and who holds it.
+    /// Show everything about one buffer: who holds it, and who waits for whom.
     Info {
-        /// As `list` shows it; a name must be the only one of its kind.
+        /// As `top` shows it; a name must be the only one of its kind.
         #[arg(value_name = "UUID|NAME")]
         buffer: String,
     },
@@ -62,6 +70,15 @@ enum Command {
     },
     /// Show the daemon's counters.
     Stats,
+    /// Show all buffers of all VMs and how they are used, again and again.
+    Top {
+        /// Seconds between two tables.
+        #[arg(short = 'd', long, value_name = "SECONDS", default_value_t = 2.0)]
+        delay: f64,
+        /// So many tables, then end.
+        #[arg(short = 'n', long, value_name = "COUNT")]
+        count: Option<u32>,
+    },
 }
 
 /// Why the command failed.
@@ -97,6 +114,20 @@ fn find(client: &mut Client, wanted: &str) -> Result<Buffer, Failure> {
     client.find(wanted)?.ok_or_else(|| Failure::NoBuffer(wanted.to_owned()))
 }
 
+/// The same among all buffers that this user may know of, and who holds it.
+fn inspect(client: &mut Client, wanted: &str) -> Result<Holders, Failure> {
+    let uuid = Uuid::parse_str(wanted).ok();
+    let mut all = client.inspect()?;
+    all.retain(|report| {
+        uuid.map_or(report.buffer.name == wanted, |uuid| report.buffer.uuid == uuid)
+    });
+    match all.as_slice() {
+        [one] => Ok(client.holders(one.buffer.uuid)?),
+        [] => Err(Failure::NoBuffer(wanted.to_owned())),
+        many => Err(client::Error::Ambiguous { name: wanted.to_owned(), count: many.len() }.into()),
+    }
+}
+
 /// Writes to standard output; `false` where nobody reads it any more.
 fn print(text: &str) -> Result<bool, Failure> {
     let mut out = io::stdout().lock();
@@ -112,9 +143,18 @@ fn run(args: &Args) -> Result<(), Failure> {
     match &args.command {
         Command::List => print(&show::list(&mut client, args.json)?).map(drop),
         Command::Info { buffer } => {
-            let buffer = find(&mut client, buffer)?;
-            let details = client.query(buffer.uuid)?;
-            print(&show::info(&details, args.json)).map(drop)
+            let told = inspect(&mut client, buffer)?;
+            // What is offered to others alone has no metadata for the host.
+            let details = client.query(told.report.buffer.uuid).ok();
+            let daemon =
+                bufshare::ioctl::peer_credentials(client.as_fd()).map_or(0, |peer| peer.pid);
+            let look = |memory: Memory| processes::with(memory.device, memory.inode, daemon);
+            let seen = told.memory.map(look).unwrap_or_default();
+            print(&show::info(&told, details.as_ref(), &seen, args.json)).map(drop)
+        }
+        Command::Top { delay, count } => {
+            let delay = Duration::try_from_secs_f64(*delay).unwrap_or(Duration::MAX);
+            top::run(&mut client, delay, *count, args.json)
         }
         Command::Stats => print(&show::stats(&client.stats()?, args.json)).map(drop),
         Command::Watch { buffer } => {
@@ -132,7 +172,7 @@ fn run(args: &Args) -> Result<(), Failure> {
         }
         Command::Dump { buffer, output, timeout_ms } => {
             let buffer = find(&mut client, buffer)?;
-            let timeout = std::time::Duration::from_millis(*timeout_ms);
+            let timeout = Duration::from_millis(*timeout_ms);
             let picture = dump::read(&mut client, &buffer, timeout)?;
             dump::write(&picture, output)?;
             if output.as_os_str() == "-" {

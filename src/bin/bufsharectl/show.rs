@@ -7,12 +7,14 @@ use std::fmt::Write;
 use std::path::Path;
 
 use bufshare::host::client::{Buffer, Client, Details, Event};
+use bufshare::host::holders::Holders;
 use bufshare::host::image::{Image, fourcc_text};
 use bufshare::protocol::{Mode, Status, access, metadata};
 use serde_json::{Map, Value, json};
 
-use crate::Failure;
 use crate::dump::Picture;
+use crate::processes::Found;
+use crate::{Failure, who};
 
 /// Every offered buffer.
 pub fn list(client: &mut Client, as_json: bool) -> Result<String, Failure> {
@@ -47,18 +49,16 @@ pub fn list(client: &mut Client, as_json: bool) -> Result<String, Failure> {
     Ok(table(&head, &[3, 7, 8], &rows))
 }
 
-/// One buffer and its leases.
-pub fn info(details: &Details, as_json: bool) -> String {
-    let buffer = &details.buffer;
-    let image = image(details);
+/// One buffer, and who holds it. `details` are there where the host may use it.
+pub fn info(told: &Holders, details: Option<&Details>, seen: &Found, as_json: bool) -> String {
+    let buffer = &told.report.buffer;
+    let image = details.and_then(image);
     if as_json {
         let mut value = buffer_json(buffer, image.as_ref());
-        let leases = details.leases.iter().map(|lease| {
-            json!({ "lease": lease.lease, "pid": lease.pid, "client": lease.client,
-                    "access": access_text(lease.access) })
-        });
-        value["leases"] = leases.collect();
-        value["nr_leases"] = details.nr_leases.into();
+        if let (Value::Object(value), Value::Object(more)) = (&mut value, who::document(told, seen))
+        {
+            value.extend(more);
+        }
         return document(&value);
     }
     let mut lines = vec![
@@ -85,24 +85,10 @@ pub fn info(details: &Details, as_json: bool) -> String {
             lines.push(("metadata", text));
         }
     }
+    lines.extend(who::lines(told, seen));
     let mut text = String::new();
     for (key, value) in lines {
         let _ = writeln!(text, "{key:<11} {value}");
-    }
-    for lease in &details.leases {
-        let who = if lease.client.is_empty() { "?" } else { &lease.client };
-        let _ = writeln!(
-            text,
-            "{:<11} {} by {who} (pid {}), {}",
-            "lease",
-            lease.lease,
-            lease.pid,
-            access_text(lease.access)
-        );
-    }
-    let more = (details.nr_leases as usize).saturating_sub(details.leases.len());
-    if more > 0 {
-        let _ = writeln!(text, "{:<11} and {more} more", "lease");
     }
     text
 }
@@ -180,7 +166,7 @@ fn image(details: &Details) -> Option<Image> {
     Image::parse(buffer.metadata_type, &details.metadata, buffer.size).ok()
 }
 
-fn buffer_json(buffer: &Buffer, image: Option<&Image>) -> Value {
+pub fn buffer_json(buffer: &Buffer, image: Option<&Image>) -> Value {
     let mut value = json!({
         "uuid": buffer.uuid.to_string(), "name": buffer.name, "exporter": buffer.exporter,
         "exporter_name": buffer.exporter_name, "size": buffer.size,
@@ -200,7 +186,7 @@ fn buffer_json(buffer: &Buffer, image: Option<&Image>) -> Value {
     value
 }
 
-fn document(value: &Value) -> String {
+pub fn document(value: &Value) -> String {
     format!("{value:#}\n")
 }
 
@@ -208,11 +194,11 @@ fn image_text(image: &Image) -> String {
     format!("{}x{} {}", image.width, image.height, fourcc_text(image.fourcc))
 }
 
-fn mode_text(mode: Option<Mode>) -> &'static str {
+pub fn mode_text(mode: Option<Mode>) -> &'static str {
     mode.map_or("unknown", Mode::name)
 }
 
-fn access_text(bits: u32) -> &'static str {
+pub fn access_text(bits: u32) -> &'static str {
     match (bits & access::READ != 0, bits & access::WRITE != 0) {
         (true, true) => "read+write",
         (true, false) => "read",
@@ -221,7 +207,7 @@ fn access_text(bits: u32) -> &'static str {
     }
 }
 
-fn size_text(bytes: u64) -> String {
+pub fn size_text(bytes: u64) -> String {
     let units = ["B", "KiB", "MiB", "GiB", "TiB"];
     let mut value = bytes as f64;
     let mut unit = 0;
@@ -237,7 +223,7 @@ fn size_text(bytes: u64) -> String {
 }
 
 /// Columns as wide as their widest cell; those in `right` end at their right edge.
-fn table(head: &[&str], right: &[usize], rows: &[Vec<String>]) -> String {
+pub fn table(head: &[&str], right: &[usize], rows: &[Vec<String>]) -> String {
     let mut widths: Vec<usize> = head.iter().map(|title| title.len()).collect();
     for row in rows {
         for (width, cell) in widths.iter_mut().zip(row) {
