@@ -70,6 +70,12 @@ pub struct Raw<'a> {
 }
 
 impl<'a> Raw<'a> {
+    /// What is asked for, if that is known.
+    pub fn opcode(&self) -> Option<Opcode> {
+        let (header, _) = wire::Req::read_from_prefix(self.bytes).ok()?;
+        Opcode::from_wire(header.kind.get())
+    }
+
     fn has(&self, bit: u32) -> bool {
         self.features >> bit & 1 != 0
     }

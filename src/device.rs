@@ -38,7 +38,7 @@ use crate::hub::{Hub, consume};
 use crate::ids::{HandleId, PeerId, SessionId};
 use crate::limits;
 use crate::memory::MemoryMap;
-use crate::protocol::{self as wire, Status, feature, vq};
+use crate::protocol::{self as wire, Opcode, Status, feature, vq};
 use crate::queue::{Chain, Memory, Rings, Slot, Vring};
 use crate::registry::{SyncRequest, Wants};
 use crate::reply::{self, Refused};
@@ -234,7 +234,7 @@ impl Device {
             }
             (outcome, _) => {
                 let outcome = outcome.unwrap_or(Err(Status::Io.into()));
-                let bytes = reply::response(&outcome, &self.hub.metrics);
+                let bytes = reply::response(&outcome, raw.opcode(), &self.hub.metrics);
                 worker.rings.give(vrings, queue, slot, bytes);
             }
         }
@@ -252,7 +252,7 @@ impl Device {
                 Status::Ok => begun(&self.hub, worker.session, handle, &sync, done.generation),
                 status => Err(Refused::from(status)),
             };
-            let bytes = reply::response(&outcome, &self.hub.metrics);
+            let bytes = reply::response(&outcome, Some(Opcode::Sync), &self.hub.metrics);
             worker.rings.give(vrings, vq::SYNC, slot, bytes);
         }
     }

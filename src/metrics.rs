@@ -2,9 +2,12 @@
 //!
 //! They know nothing of what they count; levels (live buffers, bytes, leases) are the registry's.
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 
-use crate::protocol::Status;
+use crate::host::wire::Type;
+use crate::protocol::{Opcode, Status};
 
 /// One counter.
 #[derive(Debug, Default)]
@@ -41,14 +44,29 @@ pub struct Metrics {
     pub sessions: Counter,
     /// Responses by status.
     by_status: [Counter; Status::ALL.len()],
+    /// By who asked (a VM or the host), for what, and why not.
+    refusals: Mutex<BTreeMap<(&'static str, &'static str, &'static str), u64>>,
 }
 
 impl Metrics {
-    /// Counts a response.
-    pub fn answered(&self, status: Status) {
+    /// Counts a response to a VM.
+    pub fn answered(&self, opcode: Option<Opcode>, status: Status) {
+        self.refused("refused", opcode.map(Opcode::name), status);
         self.requests.add(1);
         if let Some(counter) = self.by_status.get(usize::from(status.to_wire())) {
             counter.add(1);
+        }
+    }
+
+    /// Counts a response to a client on the host.
+    pub fn answered_host(&self, kind: Option<Type>, status: Status) {
+        self.refused("host_refused", kind.map(Type::name), status);
+    }
+
+    fn refused(&self, who: &'static str, what: Option<&'static str>, status: Status) {
+        if status != Status::Ok {
+            let mut refusals = self.refusals.lock().unwrap_or_else(PoisonError::into_inner);
+            *refusals.entry((who, what.unwrap_or("other"), status.name())).or_default() += 1;
         }
     }
 
@@ -68,6 +86,10 @@ impl Metrics {
         let answers = answers.map(|(status, counter)| {
             (format!("answers_{}", status.name().to_lowercase()), counter.get())
         });
-        fixed.chain(answers).collect()
+        let refusals = self.refusals.lock().unwrap_or_else(PoisonError::into_inner);
+        let refusals = refusals.iter().map(|((who, what, why), count)| {
+            (format!("{who}_{what}_{why}").to_lowercase(), *count)
+        });
+        fixed.chain(answers).chain(refusals).collect()
     }
 }

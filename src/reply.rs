@@ -38,14 +38,18 @@ impl From<Status> for Refused {
     }
 }
 
-/// The bytes of a response; counted.
-pub fn response(outcome: &Result<Reply, Refused>, metrics: &Metrics) -> Vec<u8> {
+/// The bytes of a response to a request of this type; counted.
+pub fn response(
+    outcome: &Result<Reply, Refused>,
+    opcode: Option<Opcode>,
+    metrics: &Metrics,
+) -> Vec<u8> {
     let hdr = wire::Resp::default();
     let refused = match outcome {
         Ok(_) => Refused { status: Status::Ok, detail: 0 },
         Err(refused) => *refused,
     };
-    metrics.answered(refused.status);
+    metrics.answered(opcode, refused.status);
     match outcome {
         Err(Refused { status, detail }) => {
             wire::Resp { status: status.to_wire().into(), detail: (*detail).into(), ..hdr }

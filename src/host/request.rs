@@ -128,6 +128,7 @@ impl Session {
             Ok(Answer::Now(outgoing)) => Ok(Some(outgoing)),
             Ok(Answer::Later) => Ok(None),
             Err(Refusal { status, detail }) => {
+                hub.metrics.answered_host(Type::from_wire(req.kind.get()), status);
                 Ok(Some(refusal(req.kind.get(), status, detail, req.cookie.get())))
             }
         }

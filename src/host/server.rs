@@ -256,6 +256,7 @@ impl Server {
     fn spread_news(&mut self) {
         let news = self.hub.take_host_news();
         for (client, number, status, generation) in news.done {
+            self.hub.metrics.answered_host(Some(Type::Sync), status);
             let conn = self.conns.values_mut().find(|(conn, _)| conn.client() == client);
             if let Some((conn, _)) = conn {
                 conn.begun(number, status, generation);

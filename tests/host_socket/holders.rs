@@ -11,12 +11,12 @@ use bufshare::host::client::{Access, Client};
 use bufshare::host::holders::{Holder, Report};
 use bufshare::host::wire::HolderKind;
 use bufshare::ioctl::Mapping;
-use bufshare::protocol::{RespSync, State, flag};
+use bufshare::protocol::{Mode, RespSync, State, Status, flag, vq};
 use serde_json::Value;
 use uuid::Uuid;
 
 use crate::common::{
-    Attach, Daemon, Export, Grant, Guest, Launch, Map, PAGE, Setup, Sync, name, wait_for,
+    Attach, Daemon, Export, Grant, Guest, Launch, Map, PAGE, Refused, Setup, Sync, name, wait_for,
 };
 use crate::desk::{READ, WRITE};
 use crate::programs::{NOBODY, SOON, ctl, json};
@@ -153,10 +153,7 @@ fn whoever_holds_a_buffer_is_named() {
     end(maps);
     // What is wanted back and does not come.
     bed.a.release(bed.export).expect("RELEASE");
-    says(
-        &text(&bed),
-        if lease.mode == bufshare::protocol::Mode::Copy { "released" } else { "wants it back" },
-    );
+    says(&text(&bed), if lease.mode == Mode::Copy { "released" } else { "wants it back" });
     client.release(lease).unwrap();
 }
 
@@ -191,6 +188,35 @@ fn who_waits_for_whom_is_told() {
     assert_eq!(shown.matches("VM b to write").count(), 2, "{shown}");
     let top = json(&ctl(&bed.daemon, &["top", "-n", "1", "--json"]));
     assert_eq!((&top[0]["waits"], &top[0]["mappings"]), (&2.into(), &2.into()));
+}
+
+#[test]
+fn refusals_are_counted_by_what_was_asked_and_why() {
+    let mut bed = bed();
+    let mut client = Client::connect(&bed.daemon.host_socket(), "show").unwrap();
+    for _ in 0..3 {
+        bed.a.query(99).refused(Status::NoEnt);
+    }
+    bed.b.attach(Attach { access: 0, ..Default::default() }).refused(Status::Inval);
+    bed.a.raw(vq::CONTROL, &[&[0xff; 16]], &[8]);
+    client.acquire(Uuid::nil(), READ, false).unwrap_err();
+    let lease = client.acquire(bed.uuid, READ, false).unwrap();
+    bed.a
+        .begin(Sync { handle: bed.export, flags: flag::SYNC_WRITE, ..Default::default() })
+        .unwrap();
+    client.begin(lease.id, Access::READ, Duration::from_millis(1)).unwrap_err();
+    let stats = client.stats().unwrap();
+    let mut refusals: Vec<_> =
+        stats.iter().filter(|(name, _)| name.contains("refused")).cloned().collect();
+    refusals.sort();
+    let expected = [
+        ("host_refused_acquire_noent", 1),
+        ("host_refused_sync_timedout", 1),
+        ("refused_attach_inval", 1),
+        ("refused_other_unsupp", 1),
+        ("refused_query_noent", 3),
+    ];
+    assert_eq!(refusals, expected.map(|(name, count)| (name.to_owned(), count)));
 }
 
 /// Only root and the daemon's user see what VMs share with each other.
