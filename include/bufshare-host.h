@@ -22,6 +22,7 @@ typedef uint64_t bufshare_le64;
 #define BUFSHARE_HOST_MAX_PACKET 8192u /* bytes; no packet in either direction is longer */
 
 #define BUFSHARE_PEER_HOST 1u
+#define BUFSHARE_PEER_ANY  0xffffffffu
 
 enum bufshare_host_type {
 	/* any client */
@@ -32,7 +33,8 @@ enum bufshare_host_type {
 	BUFSHARE_HOST_STATS        = 0x0005,
 	BUFSHARE_HOST_INSPECT      = 0x0006,
 	BUFSHARE_HOST_HOLDERS      = 0x0007,
-	/* the holder of a lease */
+	BUFSHARE_HOST_PEERS        = 0x0008,
+	/* the holder of a lease; RELEASE, SYNC and CANCEL: an exporter, too */
 	BUFSHARE_HOST_ACQUIRE      = 0x0100,
 	BUFSHARE_HOST_RELEASE      = 0x0101,
 	BUFSHARE_HOST_SYNC         = 0x0102, /* BEGIN and END; BEGIN may stay pending */
@@ -40,9 +42,14 @@ enum bufshare_host_type {
 	/* numbers kept for later versions: UNSUPP in this one */
 	BUFSHARE_HOST_POINT_SIGNAL = 0x0104,
 	BUFSHARE_HOST_POINT_WAIT   = 0x0105,
+	/* an exporter */
 	BUFSHARE_HOST_EXPORT       = 0x0200,
 	BUFSHARE_HOST_GRANT        = 0x0201,
-	/* events */
+	/* events of own exports */
+	BUFSHARE_HOST_EVT_RELEASED  = 0x1000,
+	BUFSHARE_HOST_EVT_IDLE      = 0x1001,
+	BUFSHARE_HOST_EVT_BUSY      = 0x1002,
+	/* events of a WATCH; CHANGED of own exports, too */
 	BUFSHARE_HOST_EVT_OFFERED   = 0x1100,
 	BUFSHARE_HOST_EVT_REVOKED   = 0x1101,
 	BUFSHARE_HOST_EVT_WITHDRAWN = 0x1102,
@@ -90,6 +97,26 @@ enum bufshare_status { /* VIRTIO_BUFSHARE_S_* */
 
 #define BUFSHARE_LEASE_F_WRITABLE (1u << 0) /* the fd can be written whatever the access says */
 
+#define BUFSHARE_PEER_F_ONLINE (1u << 0) /* its device is in use */
+
+#define BUFSHARE_GRANT_F_ONCE  (1u << 0) /* consumed by the first ATTACH                  */
+#define BUFSHARE_GRANT_F_FORCE (1u << 1) /* with access == 0: revoke attachments too      */
+
+#define BUFSHARE_RELEASE_F_FORCE (1u << 0) /* of an export: void all rights at once */
+
+enum bufshare_state { /* VIRTIO_BUFSHARE_ST_* */
+	BUFSHARE_ST_RELEASING = 3,
+	BUFSHARE_ST_RELEASED  = 4,
+};
+
+enum bufshare_fault { /* `detail` of FAULT */
+	BUFSHARE_FAULT_KIND     = 1, /* neither a dma-buf nor a memfd of ordinary pages        */
+	BUFSHARE_FAULT_UNSEALED = 2, /* a memfd without F_SEAL_SHRINK                          */
+	BUFSHARE_FAULT_ACCESS   = 3, /* sealed against, or not open for, the access that is asked */
+	BUFSHARE_FAULT_SIZE     = 4, /* `size` is not the size of the fd                       */
+	BUFSHARE_FAULT_MAP      = 5, /* a dma-buf that cannot be mapped                        */
+};
+
 /* ---- headers -------------------------------------------------------------------------------- */
 struct bufshare_host_req {
 	bufshare_le16 type;
@@ -100,15 +127,15 @@ struct bufshare_host_req {
 struct bufshare_host_resp { /* responses and events */
 	bufshare_le16 type;   /* of the request, or BUFSHARE_HOST_EVT_* */
 	bufshare_le16 status; /* event: the reason */
-	bufshare_le32 detail; /* HELLO with UNSUPP: the daemon's version; else 0 */
-	bufshare_le64 cookie; /* of the request; event: of the WATCH */
+	bufshare_le32 detail; /* HELLO with UNSUPP: the daemon's version; EXPORT with FAULT: why; else 0 */
+	bufshare_le64 cookie; /* of the request; event: of the WATCH, or of the EXPORT */
 };
 
 /* ---- a buffer that is offered to the host ----------------------------------------------------- */
 struct bufshare_host_buffer {
 	uint8_t uuid[16];
 	uint8_t name[32];             /* UTF-8, NUL padded; for people */
-	uint8_t exporter_name[64];    /* UTF-8, NUL padded: the operator's name for the VM */
+	uint8_t exporter_name[64];    /* UTF-8, NUL padded: the operator's name for the VM, or "host" */
 	bufshare_le64 size;           /* bytes */
 	bufshare_le64 generation;     /* completed SYNC(END|WRITE) of any endpoint */
 	bufshare_le32 exporter;       /* peer id */
@@ -149,7 +176,7 @@ struct bufshare_host_resp_hello {
 	bufshare_le32 max_leases;  /* per client; more: QUOTA */
 	bufshare_le32 max_waits;   /* pending BEGINs per client; more: BUSY */
 	bufshare_le32 max_wait_ms; /* upper bound of any wait */
-	bufshare_le32 reserved;
+	bufshare_le32 max_exports; /* per client; more: QUOTA */
 	uint8_t daemon[64];        /* name and release of the daemon; for people */
 };
 
@@ -172,7 +199,7 @@ struct bufshare_host_watch {
 };
 struct bufshare_host_event {
 	struct bufshare_host_resp hdr;
-	struct bufshare_host_buffer buffer; /* as it is now; WITHDRAWN, REVOKED: uuid only */
+	struct bufshare_host_buffer buffer; /* as it is now; WITHDRAWN, REVOKED, RELEASED: uuid only */
 };
 
 /* ---- QUERY ---------------------------------------------------------------------------------------- */
@@ -212,6 +239,26 @@ struct bufshare_host_resp_stats {
 	/* struct bufshare_host_stat stats[count]; */
 };
 
+/* ---- PEERS: those that may share with the host, in either direction ------------------------------ */
+struct bufshare_host_peers {
+	struct bufshare_host_req hdr;
+	bufshare_le32 first; /* index */
+	bufshare_le32 reserved;
+};
+struct bufshare_host_peer {
+	bufshare_le32 peer_id;
+	bufshare_le32 flags;  /* BUFSHARE_PEER_F_* */
+	bufshare_le32 access; /* the most that policy lets a host client grant it */
+	bufshare_le32 reserved;
+	uint8_t name[64];     /* UTF-8, NUL padded: the operator's name for the VM */
+};
+struct bufshare_host_resp_peers {
+	struct bufshare_host_resp hdr;
+	bufshare_le32 count;    /* peers that follow */
+	bufshare_le32 nr_peers; /* all peers */
+	/* struct bufshare_host_peer peers[count]; */
+};
+
 /* ---- ACQUIRE: the response carries one fd -------------------------------------------------------- */
 struct bufshare_host_acquire {
 	struct bufshare_host_req hdr; /* flags: BUFSHARE_ACQUIRE_F_* */
@@ -232,12 +279,17 @@ struct bufshare_host_resp_acquire {
 
 /* ---- RELEASE, SYNC, CANCEL ------------------------------------------------------------------------- */
 struct bufshare_host_release {
-	struct bufshare_host_req hdr;
-	bufshare_le64 lease;
+	struct bufshare_host_req hdr; /* flags: BUFSHARE_RELEASE_F_* */
+	bufshare_le64 lease;          /* or handle of an export */
+};
+struct bufshare_host_resp_release {
+	struct bufshare_host_resp hdr;
+	bufshare_le32 state;     /* BUFSHARE_ST_* */
+	bufshare_le32 use_count; /* RELEASING: what is still waited for */
 };
 struct bufshare_host_sync {
 	struct bufshare_host_req hdr; /* flags: BUFSHARE_SYNC_F_* */
-	bufshare_le64 lease;
+	bufshare_le64 lease;      /* or handle of an export */
 	bufshare_le64 offset;     /* bytes */
 	bufshare_le64 len;        /* bytes; 0: to the end */
 	bufshare_le64 timeout_ns; /* relative; at most max_wait_ms */
@@ -291,7 +343,7 @@ struct bufshare_host_holder {
 	bufshare_le64 age_ms;      /* since ACQUIRE, ATTACH or EXPORT */
 	bufshare_le32 kind;        /* BUFSHARE_HOLDER_* */
 	bufshare_le32 peer;        /* peer id */
-	bufshare_le32 pid;         /* LEASE: of the client when it connected, as the daemon sees it */
+	bufshare_le32 pid;         /* of a host client when it connected, as the daemon sees it; else 0 */
 	bufshare_le32 access;      /* what it may do */
 	bufshare_le32 holds;       /* BEGIN without END */
 	bufshare_le32 waits;       /* BEGIN that is pending */
@@ -310,6 +362,32 @@ struct bufshare_host_resp_holders {
 	bufshare_le32 count;      /* holders that follow */
 	bufshare_le32 nr_holders; /* all holders */
 	/* struct bufshare_host_holder holders[count]; */
+};
+
+/* ---- EXPORT: the request carries one fd; GRANT replaces what the peer was granted ----------------- */
+struct bufshare_host_export {
+	struct bufshare_host_req hdr;
+	bufshare_le64 size;          /* bytes: of the whole fd */
+	bufshare_le32 access;        /* the most that any peer can be granted */
+	bufshare_le32 metadata_type;
+	bufshare_le32 metadata_len;  /* bytes */
+	bufshare_le32 reserved;
+	uint8_t name[32];            /* UTF-8, NUL padded; for people */
+	/* u8 metadata[metadata_len] */
+};
+struct bufshare_host_resp_export {
+	struct bufshare_host_resp hdr;
+	bufshare_le64 handle;  /* not 0; never reused while the daemon runs, for a lease neither */
+	uint8_t uuid[16];      /* version 4, made by the daemon */
+	bufshare_le32 fd_kind; /* BUFSHARE_FD_*: what VMs can map, if anything */
+	bufshare_le32 reserved;
+};
+struct bufshare_host_grant {
+	struct bufshare_host_req hdr; /* flags: BUFSHARE_GRANT_F_* */
+	bufshare_le64 handle;
+	bufshare_le32 peer_id;
+	bufshare_le32 access;         /* 0 withdraws */
+	bufshare_le64 lifetime_ms;    /* 0: until withdrawn */
 };
 
 #ifndef __cplusplus
@@ -331,9 +409,13 @@ BUFSHARE_SIZE(bufshare_host_resp_query, 184);
 BUFSHARE_SIZE(bufshare_host_stats, 24);
 BUFSHARE_SIZE(bufshare_host_stat, 40);
 BUFSHARE_SIZE(bufshare_host_resp_stats, 24);
+BUFSHARE_SIZE(bufshare_host_peers, 24);
+BUFSHARE_SIZE(bufshare_host_peer, 80);
+BUFSHARE_SIZE(bufshare_host_resp_peers, 24);
 BUFSHARE_SIZE(bufshare_host_acquire, 40);
 BUFSHARE_SIZE(bufshare_host_resp_acquire, 200);
 BUFSHARE_SIZE(bufshare_host_release, 24);
+BUFSHARE_SIZE(bufshare_host_resp_release, 24);
 BUFSHARE_SIZE(bufshare_host_sync, 48);
 BUFSHARE_SIZE(bufshare_host_resp_sync, 24);
 BUFSHARE_SIZE(bufshare_host_cancel, 24);
@@ -343,6 +425,9 @@ BUFSHARE_SIZE(bufshare_host_resp_inspect, 24);
 BUFSHARE_SIZE(bufshare_host_holders, 40);
 BUFSHARE_SIZE(bufshare_host_holder, 120);
 BUFSHARE_SIZE(bufshare_host_resp_holders, 240);
+BUFSHARE_SIZE(bufshare_host_export, 72);
+BUFSHARE_SIZE(bufshare_host_resp_export, 48);
+BUFSHARE_SIZE(bufshare_host_grant, 40);
 #undef BUFSHARE_SIZE
 #endif
 

@@ -347,14 +347,16 @@ fn reserved(value: u32) -> Result<(), Status> {
 }
 
 /// UTF-8, then NULs up to the end.
-fn check_name(name: &[u8; NAME_LEN]) -> Result<(), Status> {
+/// UTF-8, NUL padded.
+pub fn check_name(name: &[u8; NAME_LEN]) -> Result<(), Status> {
     let end = name.iter().position(|byte| *byte == 0).unwrap_or(NAME_LEN);
     let (text, padding) = name.split_at(end);
     let good = std::str::from_utf8(text).is_ok() && padding.iter().all(|byte| *byte == 0);
     if good { Ok(()) } else { Err(Status::Inval) }
 }
 
-fn check_metadata(kind: u32, bytes: &[u8], size: u64) -> Result<(), Status> {
+/// What a device makes sure of before it hands metadata on.
+pub fn check_metadata(kind: u32, bytes: &[u8], size: u64) -> Result<(), Status> {
     match kind {
         metadata::NONE if bytes.is_empty() => Ok(()),
         metadata::IMAGE => check_image(bytes, size),

@@ -10,7 +10,7 @@ mod fences;
 mod heritage;
 mod host;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -48,6 +48,8 @@ pub struct HostNews {
     pub done: Vec<(ClientId, Cookie, Status, u64)>,
     /// What happened to buffers.
     pub notices: Vec<Notice>,
+    /// Clients with news of their exports.
+    pub exporters: BTreeSet<ClientId>,
     /// Where the one notice is that a VM caused of this buffer.
     at: HashMap<Uuid, usize>,
 }
@@ -103,7 +105,7 @@ pub struct Hub {
     throttle: Throttle,
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // Nothing panics while it holds a lock; if it did, the state is still the last consistent one.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -248,8 +250,9 @@ impl Hub {
                 }
             }
         }
-        if !outbox.notices.is_empty() {
+        if !outbox.notices.is_empty() || !outbox.exporters.is_empty() {
             let mut news = lock(&self.news);
+            news.exporters.append(&mut outbox.exporters);
             std::mem::take(&mut outbox.notices).into_iter().for_each(|notice| news.add(notice));
             wake_host = true;
         }

@@ -54,8 +54,20 @@ pub const MAX_VMS: usize = 256;
 pub const MAX_CLIENTS: usize = 64;
 /// Leases of one host client at once.
 pub const MAX_LEASES: usize = 16_384;
+/// Bytes that END of a host client copies on the host socket's thread, which is the clock: about a tenth
+/// of a millisecond. More is copied by a thread of its own.
+pub const MAX_COPY_AT_ONCE: u64 = 1 << 20;
 /// Pending BEGINs of one host client. Bounds its queue too: their answers, one more and one event.
 pub const MAX_CLIENT_WAITS: usize = 64;
+/// Exports of one host client at once, and of all of them: each is up to three descriptors.
+pub const MAX_CLIENT_EXPORTS: u32 = 1024;
+/// See [`MAX_CLIENT_EXPORTS`].
+pub const MAX_HOST_EXPORTS: u32 = 4096;
+/// Bytes exported by one host client at once, and by all of them: each is a byte of our address space,
+/// and of pinned memory where a memfd becomes a dma-buf.
+pub const MAX_CLIENT_BYTES: u64 = 1 << 30;
+/// See [`MAX_CLIENT_BYTES`].
+pub const MAX_HOST_BYTES: u64 = 4 << 30;
 /// Log lines that one VM can cause in a second.
 pub const LOG_LINES_PER_SECOND: u32 = 5;
 

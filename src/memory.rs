@@ -30,7 +30,6 @@ pub enum Share {
 impl Share {
     /// What `file` allows up to byte `end`. What is not there could end the process by SIGBUS.
     pub fn of(file: impl AsFd, end: u64) -> Share {
-        const DMA_BUF_MAGIC: rustix::fs::FsWord = 0x444d_4142;
         let stat = rustix::fs::fstat(&file).ok();
         if stat.is_none_or(|stat| u64::try_from(stat.st_size).is_ok_and(|size| size < end)) {
             return Share::Not;
@@ -43,9 +42,14 @@ impl Share {
         }
         let regular =
             stat.is_some_and(|stat| rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file());
-        let dma_buf = rustix::fs::fstatfs(&file).is_ok_and(|fs| fs.f_type == DMA_BUF_MAGIC);
-        if regular && !dma_buf { Share::Unsealed } else { Share::Not }
+        if regular && !is_dma_buf(&file) { Share::Unsealed } else { Share::Not }
     }
+}
+
+/// Whether this is a dma-buf.
+pub fn is_dma_buf(file: impl AsFd) -> bool {
+    const DMA_BUF_MAGIC: rustix::fs::FsWord = 0x444d_4142;
+    rustix::fs::fstatfs(&file).is_ok_and(|fs| fs.f_type == DMA_BUF_MAGIC)
 }
 
 /// One region of guest memory.

@@ -68,13 +68,17 @@ fn read_exact_at(fd: BorrowedFd<'_>, buffer: &mut [u8], offset: u64) -> io::Resu
     Ok(())
 }
 
-fn write_all_at(fd: BorrowedFd<'_>, buffer: &[u8], offset: u64) -> io::Result<()> {
-    let end = offset + buffer.len() as u64;
-    // A write past the end would grow a file that its owner truncated.
+/// A write past the end would grow a file that its owner truncated.
+pub(super) fn room(fd: BorrowedFd<'_>, end: u64) -> io::Result<()> {
     if rustix::fs::fstat(fd)?.st_size.cast_unsigned() < end {
         let text = format!("memory was truncated: nothing left at byte {end}");
         return Err(io::Error::new(io::ErrorKind::UnexpectedEof, text));
     }
+    Ok(())
+}
+
+fn write_all_at(fd: BorrowedFd<'_>, buffer: &[u8], offset: u64) -> io::Result<()> {
+    room(fd, offset + buffer.len() as u64)?;
     let mut done = 0;
     while let Some(rest) = buffer.get(done..).filter(|rest| !rest.is_empty()) {
         match rustix::io::pwrite(fd, rest, offset + done as u64) {

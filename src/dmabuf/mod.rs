@@ -6,6 +6,7 @@
 
 mod copy;
 mod fence;
+mod lent;
 mod udmabuf;
 
 use std::fs::File;
@@ -21,6 +22,7 @@ use crate::protocol::{Mode, Status};
 use crate::throttle::Throttle;
 use crate::throttled;
 pub use copy::copy;
+pub use lent::Unfit;
 pub use udmabuf::{Device, Source};
 
 /// What the descriptor of a backing is.
@@ -41,12 +43,14 @@ pub struct Backing {
     pages: Box<[FileSegment]>,
     /// The private copy, in COPY mode.
     private: Option<Arc<File>>,
+    /// A host client's dma-buf, for copies. It has no pages.
+    mapped: Option<ioctl::Mapping>,
 }
 
 impl Backing {
     /// Pages that nobody else gets.
     pub fn of_pages(pages: Vec<FileSegment>) -> Backing {
-        Backing { fd: None, pages: pages.into(), private: None }
+        Backing { fd: None, pages: pages.into(), private: None, mapped: None }
     }
 
     /// What a predecessor of this daemon left: who holds it can be seen, no page behind it.
@@ -55,7 +59,7 @@ impl Backing {
             FdKind::DmaBuf => (Some(fd), None),
             FdKind::Memfd => (None, Some(Arc::new(File::from(fd)))),
         };
-        Backing { fd, pages: Box::default(), private }
+        Backing { fd, pages: Box::default(), private, mapped: None }
     }
 
     /// What a successor needs; a mapping has none.
@@ -143,16 +147,21 @@ impl DmaBufs {
     }
 
     /// A descriptor for one consumer: the dma-buf of exactly these pages or of the private copy. A
-    /// memfd is opened anew: status flags that a client sets on its own, such as O_APPEND, must not
-    /// change what we write.
+    /// memfd is opened anew.
     pub fn for_consumer(&self, backing: &Backing) -> io::Result<OwnedFd> {
         if let Some(fd) = &backing.fd {
             return fd.try_clone();
         }
         let none = || io::Error::other("a mapping is for nobody else");
-        let memfd = backing.private.as_ref().ok_or_else(none)?;
-        let flags = rustix::fs::OFlags::RDWR | rustix::fs::OFlags::CLOEXEC;
-        let name = memfd.as_raw_fd().to_string();
+        self.reopen(backing.private.as_ref().ok_or_else(none)?, true)
+    }
+
+    /// The same memfd, opened anew: status flags that a client sets on its own, such as O_APPEND, must
+    /// not change what we write.
+    fn reopen(&self, memfd: impl AsFd, write: bool) -> io::Result<OwnedFd> {
+        use rustix::fs::OFlags;
+        let flags = OFlags::CLOEXEC | if write { OFlags::RDWR } else { OFlags::RDONLY };
+        let name = memfd.as_fd().as_raw_fd().to_string();
         Ok(rustix::fs::openat(&self.fds, name, flags, rustix::fs::Mode::empty())?)
     }
 
@@ -187,7 +196,10 @@ impl DmaBufs {
         {
             let fd = device.create(&pages).map_err(|error| refused(&error))?;
             label(fd.as_fd(), name);
-            return Ok((Backing { fd: Some(fd), pages, private: None }, Mode::ZeroCopy));
+            return Ok((
+                Backing { fd: Some(fd), pages, private: None, mapped: None },
+                Mode::ZeroCopy,
+            ));
         }
         if wish.must_share || self.require_zero_copy {
             return Err(Status::Fault);
@@ -198,7 +210,7 @@ impl DmaBufs {
             label(fd.as_fd(), name);
         }
         let private = Some(Arc::new(File::from(private)));
-        Ok((Backing { fd, pages, private }, Mode::Copy))
+        Ok((Backing { fd, pages, private, mapped: None }, Mode::Copy))
     }
 
     /// Whether anybody but us holds the dma-buf. False for a memfd, where that cannot be seen.

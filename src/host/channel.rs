@@ -71,11 +71,12 @@ impl Channel {
     pub(super) fn submit(
         &mut self,
         hdr: &wire::Req,
-        request: &(impl IntoBytes + Immutable),
+        request: &(impl IntoBytes + Immutable + ?Sized),
+        fd: Option<BorrowedFd<'_>>,
     ) -> Result<u64> {
         let kind = Type::from_wire(hdr.kind.get()).unwrap_or(Type::Hello);
         self.replies.insert(hdr.cookie.get(), (kind, None));
-        match packet::send(&self.socket, request.as_bytes(), None, Wait::Forever) {
+        match packet::send(&self.socket, request.as_bytes(), fd, Wait::Forever) {
             // The daemon may have said why before it closed; that answer is still to be read.
             Ok(()) | Err(Errno::PIPE | Errno::CONNRESET) => Ok(hdr.cookie.get()),
             Err(error) => Err(error.into()),
@@ -87,7 +88,7 @@ impl Channel {
         hdr: &wire::Req,
         request: &(impl IntoBytes + Immutable),
     ) -> Result<Packet> {
-        let cookie = self.submit(hdr, request)?;
+        let cookie = self.submit(hdr, request, None)?;
         self.wait_reply(cookie)
     }
 
@@ -164,6 +165,9 @@ fn event(packet: &Packet) -> Result<Option<Event>> {
     Ok(match kind {
         Some(Type::EvtOffered) => Some(Event::Offered(buffer()?)),
         Some(Type::EvtChanged) => Some(Event::Changed(buffer()?)),
+        Some(Type::EvtBusy) => Some(Event::Busy(buffer()?)),
+        Some(Type::EvtIdle) => Some(Event::Idle(buffer()?)),
+        Some(Type::EvtReleased) => Some(Event::Released { uuid: buffer()?.uuid }),
         Some(Type::EvtWithdrawn) => Some(Event::Withdrawn { uuid: buffer()?.uuid, reason }),
         Some(Type::EvtRevoked) => Some(Event::Revoked { uuid: buffer()?.uuid, reason }),
         Some(Type::EvtResync) => Some(Event::Resync),

@@ -21,7 +21,8 @@ use super::wire::{self, FdKind, Type};
 use crate::protocol::{self, Mode, Status};
 
 pub use super::error::Error;
-pub use super::values::{Access, Buffer, Daemon, Details, Event, Lease, LeaseInfo};
+pub use super::lend::Loan;
+pub use super::values::{Access, Buffer, Daemon, Details, Event, Export, Lease, LeaseInfo, Peer};
 
 /// Where the socket is unless somebody says otherwise.
 pub const DEFAULT_SOCKET: &str = "/run/bufshare/host.sock";
@@ -51,6 +52,7 @@ impl Client {
             name: String::new(),
             peer_id: 0,
             max_leases: 0,
+            max_exports: 0,
             max_waits: 0,
             max_wait: Duration::ZERO,
         };
@@ -72,6 +74,7 @@ impl Client {
             name: wire::field_text(&reply.daemon),
             peer_id: reply.peer_id.get(),
             max_leases: reply.max_leases.get(),
+            max_exports: reply.max_exports.get(),
             max_waits: reply.max_waits.get(),
             max_wait: Duration::from_millis(reply.max_wait_ms.get().into()),
         };
@@ -283,7 +286,11 @@ impl Client {
         let hdr = self.channel.header(Type::Sync, flags);
         let timeout_ns = u64::try_from(timeout.as_nanos()).unwrap_or(u64::MAX).into();
         let (offset, len) = (access.offset.into(), access.len.into());
-        self.channel.submit(&hdr, &wire::Sync { hdr, lease: lease.into(), offset, len, timeout_ns })
+        self.channel.submit(
+            &hdr,
+            &wire::Sync { hdr, lease: lease.into(), offset, len, timeout_ns },
+            None,
+        )
     }
 }
 

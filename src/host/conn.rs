@@ -11,8 +11,9 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use super::lists::record;
 use super::packet::{self, Wait};
-use super::request::{self, Outgoing, People, Session};
+use super::request::{self, Answer, Outgoing, People, Session};
 use super::watch::{Buffers, News, Watch};
 use super::wire;
 use crate::hub::Hub;
@@ -62,6 +63,10 @@ pub struct Conn {
     socket: OwnedFd,
     session: Session,
     queue: VecDeque<Outgoing>,
+    /// A job of its last request runs: until it is done the connection rests.
+    busy: bool,
+    /// Something may have to be told of its exports.
+    export_news: bool,
 }
 
 /// The hub, as a watch asks it.
@@ -80,7 +85,8 @@ impl Buffers for Look<'_> {
 impl Conn {
     /// A fresh connection.
     pub fn new(socket: OwnedFd, client: ClientId) -> Conn {
-        Conn { socket, session: Session::new(client), queue: VecDeque::new() }
+        let (session, queue) = (Session::new(client), VecDeque::new());
+        Conn { socket, session, queue, busy: false, export_news: false }
     }
 
     /// Goes on with a connection of the daemon before this one.
@@ -91,11 +97,17 @@ impl Conn {
                 let memory = hub.host_memory(client, lease)?;
                 Some((hub.dmabufs.for_consumer(&memory).ok()?, lease))
             });
-            Outgoing { bytes, memory }
+            Outgoing { memory, ..bytes.into() }
         };
-        let mut session = Session::new(client);
-        (session.name, session.watch) = (name, watch);
-        Conn { socket, session, queue: queue.into_iter().map(outgoing).collect() }
+        let mut conn = Conn::new(socket, client);
+        (conn.session.name, conn.session.watch) = (name, watch);
+        conn.queue = queue.into_iter().map(outgoing).collect();
+        conn
+    }
+
+    /// Whether it ends with this daemon: its exports do, and so does a job.
+    pub fn stays(&self) -> bool {
+        self.busy || self.session.exports()
     }
 
     /// What is needed to go on with it. Nothing may be pending any more.
@@ -117,18 +129,17 @@ impl Conn {
     }
 
     /// Reads and carries out one request; `None` where there is none, or none may be read now.
-    /// The answer, if there is one yet, is for [`push`](Self::push): what the request ended goes first.
-    pub fn next_answer(
-        &mut self,
-        hub: &Hub,
-        people: &People,
-    ) -> Result<Option<Option<Outgoing>>, Gone> {
-        if !self.queue.is_empty() {
+    /// The answer is for [`push`](Self::push): what the request ended goes first. A job makes the
+    /// connection [busy](Self::busy).
+    pub fn next_answer(&mut self, hub: &Hub, people: &People) -> Result<Option<Answer>, Gone> {
+        if self.busy || !self.queue.is_empty() {
             return Ok(None);
         }
-        match packet::receive_plain(&self.socket, Wait::Never) {
+        match packet::receive(&self.socket, Wait::Never) {
             Ok(Some(packet)) => {
-                self.session.handle(&packet, hub, people).map(Some).map_err(Gone::Broken)
+                let answer = self.session.handle(packet, hub, people).map_err(Gone::Broken)?;
+                self.busy = matches!(answer, Answer::Job(_));
+                Ok(Some(answer))
             }
             Ok(None) | Err(Errno::CONNRESET) => Err(Gone::Closed),
             Err(Errno::AGAIN) => Ok(None),
@@ -136,10 +147,30 @@ impl Conn {
         }
     }
 
+    /// Whether a job of its last request runs. Until it is [`done`](Self::done) nothing is read, and
+    /// nothing written.
+    pub fn busy(&self) -> bool {
+        self.busy
+    }
+
+    /// Takes in what a job made of the request.
+    pub fn done(&mut self, made: Result<Outgoing, &'static str>, hub: &Hub) -> Result<(), Gone> {
+        self.busy = false;
+        self.push(made.map_err(Gone::Broken)?, hub)
+    }
+
     /// Sends an answer, now or later.
-    pub fn push(&mut self, answer: Option<Outgoing>, hub: &Hub) -> Result<(), Gone> {
-        self.queue.extend(answer);
+    pub fn push(&mut self, answer: Outgoing, hub: &Hub) -> Result<(), Gone> {
+        if let Some(export) = answer.export {
+            self.session.exported(export);
+        }
+        self.queue.push_back(answer);
         self.flush(hub)
+    }
+
+    /// Takes in that there is news of its exports.
+    pub fn note_export(&mut self) {
+        self.export_news = true;
     }
 
     /// Takes in that a pending BEGIN ended.
@@ -161,13 +192,20 @@ impl Conn {
             if !self.queue.is_empty() {
                 break;
             }
+            if self.export_news {
+                let event = hub.take_export_event(self.session.client);
+                self.export_news = event.is_some();
+                self.queue.extend(event.and_then(|event| self.session.export_event(&event)));
+                self.flush(hub)?;
+                continue;
+            }
             let Some((cookie, watch)) = &mut self.session.watch else { break };
             let Some(News { kind, uuid, info }) = watch.next(&Look(hub, self.session.client))
             else {
                 break;
             };
             let (status, record) = match &info {
-                Some(info) => (Status::Ok, request::record(info)),
+                Some(info) => (Status::Ok, record(info)),
                 None => {
                     let uuid = uuid.into_bytes();
                     let status = match kind {
@@ -186,6 +224,7 @@ impl Conn {
     /// What to wait for now.
     pub fn interest(&self) -> Interest {
         let events = self.session.watch.as_ref().is_some_and(|(_, watch)| watch.pending());
+        let events = events || self.export_news;
         Interest { read: self.queue.is_empty(), write: !self.queue.is_empty() || events }
     }
 
@@ -216,7 +255,7 @@ impl Conn {
         let Ok((wire::Resp { kind, cookie, .. }, _)) = req else { return Err(Gone::Failed(error)) };
         *front = request::refusal(kind.get(), Status::NoMem, 0, cookie.get());
         // Nobody else can have ended it.
-        let _ = hub.host_release(self.session.client, lease);
+        let _ = hub.host_release(self.session.client, lease, false);
         Ok(())
     }
 }

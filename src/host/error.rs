@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use rustix::io::Errno;
 use thiserror::Error;
 
-use super::wire::Type;
+use super::wire::{Fault, Type};
 use crate::protocol::Status;
 
 /// Why a call failed. [`Error::Refused`] is a normal answer; after the others the connection is of
@@ -46,7 +46,7 @@ pub enum Error {
     TooManyClients,
     #[error("the daemon speaks version {daemon} of the host protocol, this program version 1")]
     Version { daemon: u32 },
-    #[error("the daemon refused {}: {} ({})", request.name(), status.name(), meaning(*request, *status))]
+    #[error("the daemon refused {}: {} ({})", request.name(), status.name(), meaning(*request, *status, *detail))]
     Refused { request: Type, status: Status, detail: u32 },
     #[error("the daemon closed the connection; its log says why")]
     Closed,
@@ -91,22 +91,43 @@ impl From<Errno> for Error {
     }
 }
 
-fn meaning(request: Type, status: Status) -> &'static str {
+fn meaning(request: Type, status: Status, detail: u32) -> &'static str {
     match status {
         Status::Ok => "no error",
         Status::Unsupp => "this daemon does not know it",
         Status::Inval => "malformed request",
+        Status::NoEnt if request == Type::Grant => {
+            "no such export, or the operator lets the host grant that VM nothing: start the daemon \
+             with --allow host:VM"
+        }
         Status::NoEnt if request == Type::Cancel => "it is not pending any more",
         Status::NoEnt => "no such buffer or lease, or it is not offered to the host",
         Status::Access if request == Type::Acquire => {
             "more access than the exporter granted, or only a copy is possible"
         }
+        Status::Access if request == Type::Grant => {
+            "more access than the export has, or than the operator allows"
+        }
         Status::Access => "the lease has no right to this access",
         Status::Busy => "too many pending waits or misses; try again later",
         Status::NoMem => "the host is out of memory or descriptors",
+        Status::Quota if request == Type::Export => {
+            "too many or too large exports, of this client or of all"
+        }
         Status::Quota => "too many leases",
+        Status::Range if request == Type::Export => "the size must be a multiple of 4096 bytes",
         Status::Range => "outside the buffer",
-        Status::Fault => "not shareable memory",
+        Status::Fault => match Fault::from_wire(detail) {
+            Some(Fault::Unsealed) => {
+                "this memfd could shrink: make it with MFD_ALLOW_SEALING and add F_SEAL_SHRINK"
+            }
+            Some(Fault::Access) => {
+                "the fd is not open for this access, or sealed against writing: lend it READ only"
+            }
+            Some(Fault::Size) => "the size must be that of the whole fd",
+            Some(Fault::Map) => "this dma-buf cannot be mapped",
+            Some(Fault::Kind) | None => "the fd is neither a dma-buf nor a memfd of ordinary pages",
+        },
         Status::TooMany => "too many segments",
         Status::TimedOut => "another holder did not finish in time",
         Status::Revoked => "the exporter revoked the buffer, or is gone",

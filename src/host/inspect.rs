@@ -7,10 +7,12 @@ use std::time::Duration;
 use uuid::Uuid;
 use zerocopy::IntoBytes;
 
-use super::request::{People, record};
+use super::lists::record;
+use super::request::People;
 use super::wire::{self, HolderKind, MAX_PACKET};
 use crate::dmabuf::FdKind;
 use crate::hub::Hub;
+use crate::ids::PeerId;
 use crate::protocol::{PEER_NAME_LEN, Status};
 use crate::registry::{HolderInfo, Report, Who};
 
@@ -95,12 +97,13 @@ pub fn fd_kind(kind: FdKind) -> wire::FdKind {
 fn holder(info: &HolderInfo, people: &People) -> wire::Holder {
     let (kind, peer, number) = match info.who {
         Who::Exporter(peer, handle) => (HolderKind::Exporter, peer, handle.0),
-        Who::Lease(_, lease) => (HolderKind::Lease, crate::ids::PeerId::HOST, lease.0),
+        Who::Lender(_, handle) => (HolderKind::Exporter, PeerId::HOST, handle.0),
+        Who::Lease(_, lease) => (HolderKind::Lease, PeerId::HOST, lease.0),
         Who::Attachment(peer, handle) => (HolderKind::Attachment, peer, handle.0),
     };
     let mut name = wire::pad_text(&info.name);
     let mut pid = 0;
-    if let Who::Lease(client, _) = info.who
+    if let Who::Lease(client, _) | Who::Lender(client, _) = info.who
         && let Some(person) = people.get(&client)
     {
         name = [0; PEER_NAME_LEN];

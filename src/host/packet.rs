@@ -31,6 +31,8 @@ pub struct Packet {
     pub bytes: Vec<u8>,
     /// The first fd that came with it.
     pub fd: Option<OwnedFd>,
+    /// One more, which nobody expects: the packet counts as truncated.
+    pub more: Option<OwnedFd>,
     /// Bytes or fds were lost: it is longer than a packet may be.
     pub truncated: bool,
 }
@@ -53,31 +55,19 @@ pub fn send(socket: impl AsFd, bytes: &[u8], fd: Option<BorrowedFd<'_>>, wait: W
 }
 
 /// Receives one packet; `None` when the other side closed the connection.
-pub fn receive(socket: impl AsFd, wait: Wait) -> Result<Option<Packet>> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    receive_with(socket, wait, &mut space)
-}
-
-/// As [`receive`], where no fd is welcome: the kernel drops it, and the packet counts as truncated.
 ///
-/// To close an fd can take as long as whoever made it likes (a file of a FUSE file system asks its
-/// server).
-pub fn receive_plain(socket: impl AsFd, wait: Wait) -> Result<Option<Packet>> {
-    receive_with(socket, wait, &mut [])
-}
-
-fn receive_with(
-    socket: impl AsFd,
-    wait: Wait,
-    space: &mut [MaybeUninit<u8>],
-) -> Result<Option<Packet>> {
+/// To close an fd that came with it can take as long as whoever made it likes (a file of a FUSE file
+/// system asks its server).
+pub fn receive(socket: impl AsFd, wait: Wait) -> Result<Option<Packet>> {
+    // The space for one has, by its alignment, room for two.
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
     let mut flags = RecvFlags::CMSG_CLOEXEC;
     if wait == Wait::Never {
         flags |= RecvFlags::DONTWAIT;
     }
     retry_on_intr(|| {
         let mut bytes = vec![0; MAX_PACKET];
-        let mut control = RecvAncillaryBuffer::new(space);
+        let mut control = RecvAncillaryBuffer::new(&mut space);
         let mut take = || recvmsg(&socket, &mut [IoSliceMut::new(&mut bytes)], &mut control, flags);
         let got = match take() {
             // The other side closed without reading everything; its own last words come after
@@ -85,20 +75,19 @@ fn receive_with(
             Err(Errno::CONNRESET) => take()?,
             other => other?,
         };
-        let mut fd = None;
+        let (mut fd, mut more) = (None, None);
         for message in control.drain() {
-            if let RecvAncillaryMessage::ScmRights(fds) = message {
-                for extra in fds {
-                    fd.get_or_insert(extra);
-                }
+            if let RecvAncillaryMessage::ScmRights(mut fds) = message {
+                (fd, more) = (fds.next(), fds.next());
             }
         }
-        let truncated = got.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC);
+        let lost = got.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC);
+        let truncated = lost || more.is_some();
         if got.bytes == 0 && fd.is_none() && !truncated {
             return Ok(None);
         }
         bytes.truncate(got.bytes);
-        Ok(Some(Packet { bytes, fd, truncated }))
+        Ok(Some(Packet { bytes, fd, more, truncated }))
     })
 }
 
@@ -132,14 +121,22 @@ mod tests {
     }
 
     #[test]
-    fn an_fd_that_is_not_welcome_never_arrives() {
+    fn fds_beyond_the_first_are_told_and_lost() {
         let (a, b) = pair();
-        let (ours, theirs) = std::io::pipe().unwrap();
-        send(&a, b"one", Some(theirs.as_fd()), Wait::Never).unwrap();
+        let pipes: Vec<_> = (0..4).map(|_| std::io::pipe().unwrap()).collect();
+        let (ours, theirs): (Vec<_>, Vec<_>) = pipes.into_iter().unzip();
+        let fds: Vec<_> = theirs.iter().map(AsFd::as_fd).collect();
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        assert!(control.push(SendAncillaryMessage::ScmRights(&fds)));
+        sendmsg(&a, &[IoSlice::new(b"one")], &mut control, SendFlags::empty()).unwrap();
         drop(theirs);
-        let packet = receive_plain(&b, Wait::Never).unwrap().unwrap();
-        assert!(packet.truncated && packet.fd.is_none() && packet.bytes == b"one");
-        assert_eq!(std::io::read_to_string(ours).unwrap(), "", "it is closed");
+        let packet = receive(&b, Wait::Never).unwrap().unwrap();
+        assert!(packet.truncated && packet.fd.is_some() && packet.more.is_some());
+        drop(packet);
+        for end in ours {
+            assert_eq!(std::io::read_to_string(end).unwrap(), "", "it is closed");
+        }
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! One request of a host client: judged, carried out on the hub, answered in bytes.
+//! One request of a host client: judged, carried out on the hub, answered in bytes. What a client asks
+//! as an exporter is in `export`.
 //!
 //! It knows the protocol and the hub, not sockets or queues. A refusal changes nothing.
 
@@ -9,15 +10,17 @@ use std::time::Duration;
 use uuid::Uuid;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
+use super::export;
 use super::inspect;
+use super::lists::{self, record};
 use super::packet::Packet;
 use super::watch::Watch;
-use super::wire::{self, MAX_PACKET, Type};
+use super::wire::{self, Type};
 use crate::hub::Hub;
-use crate::ids::{Access, ClientId, Cookie, LeaseId, PeerId};
-use crate::limits::{MAX_CLIENT_WAITS, MAX_LEASES, MAX_WAIT};
-use crate::protocol::{NAME_LEN, Status, flag};
-use crate::registry::{Begun, BufferInfo, SyncRequest};
+use crate::ids::{Access, ClientId, Cookie, HandleId, LeaseId, PeerId};
+use crate::limits::{MAX_CLIENT_EXPORTS, MAX_CLIENT_WAITS, MAX_COPY_AT_ONCE, MAX_LEASES, MAX_WAIT};
+use crate::protocol::{NAME_LEN, State, Status, flag};
+use crate::registry::{Begun, Ended, ExportEvent, SyncRequest};
 
 /// A client as others see it.
 #[derive(Debug, Clone, Copy)]
@@ -45,13 +48,16 @@ pub struct Session {
     /// Its pending BEGINs: our number, and the cookie of the request.
     waits: HashMap<Cookie, u64>,
     last_wait: u32,
+    /// Its exports: the cookie of the request.
+    exports: HashMap<HandleId, u64>,
 }
 
 /// A refusal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(missing_docs)]
 pub struct Refusal {
-    status: Status,
-    detail: u32,
+    pub status: Status,
+    pub detail: u32,
 }
 
 impl From<Status> for Refusal {
@@ -67,17 +73,27 @@ pub struct Outgoing {
     pub bytes: Vec<u8>,
     /// The fd that goes with it, and the lease that ends if it cannot be sent.
     pub memory: Option<(OwnedFd, LeaseId)>,
+    /// What it exported, and the cookie of the request.
+    pub export: Option<(HandleId, u64)>,
 }
 
+/// What is not done on the host socket's thread, because it may take its time. `Err` as in
+/// [`Session::handle`].
+pub type Job = Box<dyn FnOnce(&Hub) -> Result<Outgoing, &'static str> + Send>;
+
 /// What comes of a request.
-enum Answer {
+pub enum Answer {
+    /// An answer.
     Now(Outgoing),
+    /// A wait, whose end is its answer.
     Later,
+    /// An answer that somebody else makes. Until then no further request is carried out.
+    Job(Job),
 }
 
 impl From<Vec<u8>> for Outgoing {
     fn from(bytes: Vec<u8>) -> Self {
-        Outgoing { bytes, memory: None }
+        Outgoing { bytes, memory: None, export: None }
     }
 }
 
@@ -103,35 +119,53 @@ pub fn event(kind: Type, status: Status, cookie: u64, buffer: wire::Buffer) -> O
     wire::Event { hdr, buffer }.as_bytes().to_vec().into()
 }
 
-fn ok(req: &wire::Req) -> wire::Resp {
+/// The header of an answer that is no refusal.
+pub fn ok(req: &wire::Req) -> wire::Resp {
     header(req.kind.get(), Status::Ok, 0, req.cookie.get())
 }
 
 impl Session {
     /// A client that has said nothing yet.
     pub fn new(client: ClientId) -> Session {
-        Session { client, name: None, watch: None, waits: HashMap::new(), last_wait: 0 }
+        let (waits, exports) = (HashMap::new(), HashMap::new());
+        Session { client, name: None, watch: None, waits, last_wait: 0, exports }
     }
 
     /// Carries out a request. `Err` is a packet that cannot be answered: the connection is over.
-    /// `None` is one whose answer comes later.
     pub fn handle(
         &mut self,
-        packet: &Packet,
+        mut packet: Packet,
         hub: &Hub,
         people: &People,
-    ) -> Result<Option<Outgoing>, &'static str> {
+    ) -> Result<Answer, &'static str> {
+        let mut fds: Vec<OwnedFd> =
+            packet.fd.take().into_iter().chain(packet.more.take()).collect();
         let Ok((req, _)) = wire::Req::read_from_prefix(&packet.bytes) else {
-            return Err("a packet shorter than a header");
-        };
-        match self.carry_out(&req, packet, hub, people) {
-            Ok(Answer::Now(outgoing)) => Ok(Some(outgoing)),
-            Ok(Answer::Later) => Ok(None),
-            Err(Refusal { status, detail }) => {
-                hub.metrics.answered_host(Type::from_wire(req.kind.get()), status);
-                Ok(Some(refusal(req.kind.get(), status, detail, req.cookie.get())))
+            let broken = "a packet shorter than a header";
+            if fds.is_empty() {
+                return Err(broken);
             }
+            return Ok(Answer::Job(export::stray(fds, Err(broken))));
+        };
+        let refused = |Refusal { status, detail }| {
+            hub.metrics.answered_host(Type::from_wire(req.kind.get()), status);
+            refusal(req.kind.get(), status, detail, req.cookie.get())
+        };
+        if fds.is_empty() {
+            let answer = self.carry_out(&req, &packet, hub, people);
+            return Ok(answer.unwrap_or_else(|why| Answer::Now(refused(why))));
         }
+        let well = !packet.truncated && (req.reserved.get(), req.flags.get()) == (0, 0);
+        let export = well && Type::from_wire(req.kind.get()) == Some(Type::Export);
+        Ok(Answer::Job(match fds.pop() {
+            Some(fd) if export && self.name.is_some() => {
+                export::export(self.client, &packet.bytes, req.cookie.get(), fd, hub)
+            }
+            fd => {
+                fds.extend(fd);
+                export::stray(fds, Ok(refused(Status::Inval.into())))
+            }
+        }))
     }
 
     fn carry_out(
@@ -144,10 +178,12 @@ impl Session {
         let kind = Type::from_wire(req.kind.get()).ok_or(Status::Unsupp)?;
         let known_flags = match kind {
             Type::Acquire => wire::flag::ACQUIRE_ZERO_COPY,
+            Type::Grant => flag::GRANT_ONCE | flag::GRANT_FORCE,
+            Type::Release => flag::RELEASE_FORCE,
             Type::Sync => flag::SYNC_END | flag::SYNC_READ | flag::SYNC_WRITE | flag::SYNC_NONBLOCK,
             _ => 0,
         };
-        let malformed = packet.truncated || packet.fd.is_some() || req.reserved.get() != 0;
+        let malformed = packet.truncated || req.reserved.get() != 0;
         if malformed || req.flags.get() & !known_flags != 0 {
             return Err(Status::Inval.into());
         }
@@ -157,10 +193,10 @@ impl Session {
         let bytes = &packet.bytes;
         match kind {
             Type::Hello => self.hello(&parse(bytes)?),
-            Type::List => list(&parse(bytes)?, hub),
+            Type::List => lists::list(&parse(bytes)?, hub),
             Type::Watch => self.watch(&parse(bytes)?),
-            Type::Query => query(&parse(bytes)?, hub, people),
-            Type::Stats => stats(&parse(bytes)?, hub),
+            Type::Query => lists::query(&parse(bytes)?, hub, people),
+            Type::Stats => lists::stats(&parse(bytes)?, hub),
             Type::Inspect => {
                 Ok(inspect::inspect(ok(req), &parse(bytes)?, hub, self.sees_all(people)).into())
             }
@@ -169,21 +205,17 @@ impl Session {
                 Ok(inspect::holders(ok(req), &request, world, self.sees_all(people))?.into())
             }
             Type::Acquire => self.acquire(&parse(bytes)?, hub),
-            Type::Release => {
-                let request: wire::Release = parse(bytes)?;
-                hub.host_release(self.client, LeaseId(request.lease.get()))?;
-                if let Some((_, watch)) = &mut self.watch {
-                    watch.lease_ended();
-                }
-                Ok(ok(req).as_bytes().to_vec().into())
-            }
+            Type::Peers => lists::peers(&parse(bytes)?, hub),
+            Type::Release => self.release(&parse(bytes)?, hub),
             Type::Sync => self.sync(&parse(bytes)?, hub),
             Type::Cancel => self.cancel(&parse(bytes)?, hub),
-            Type::PointSignal | Type::PointWait | Type::Export | Type::Grant => {
-                Err(Status::Unsupp.into())
-            }
+            Type::Grant => export::grant(self.client, &parse(bytes)?, hub),
+            // It came without an fd.
+            Type::Export => Err(Status::Inval.into()),
+            Type::PointSignal | Type::PointWait => Err(Status::Unsupp.into()),
             Type::EvtOffered | Type::EvtRevoked | Type::EvtWithdrawn => Err(Status::Unsupp.into()),
             Type::EvtChanged | Type::EvtResync => Err(Status::Unsupp.into()),
+            Type::EvtReleased | Type::EvtIdle | Type::EvtBusy => Err(Status::Unsupp.into()),
         }
     }
 
@@ -207,8 +239,8 @@ impl Session {
             max_leases: (MAX_LEASES as u32).into(),
             max_waits: (MAX_CLIENT_WAITS as u32).into(),
             max_wait_ms: u32::try_from(MAX_WAIT.as_millis()).unwrap_or(u32::MAX).into(),
+            max_exports: MAX_CLIENT_EXPORTS.into(),
             daemon: wire::pad_text(daemon),
-            ..Default::default()
         };
         Ok(answer.as_bytes().to_vec().into())
     }
@@ -241,13 +273,31 @@ impl Session {
         let mut bytes = answer.as_bytes().to_vec();
         bytes.extend_from_slice(&got.info.what.metadata);
         match hub.dmabufs.for_consumer(&got.backing) {
-            Ok(fd) => Ok(Answer::Now(Outgoing { bytes, memory: Some((fd, got.lease)) })),
+            Ok(fd) => {
+                let memory = Some((fd, got.lease));
+                Ok(Answer::Now(Outgoing { memory, ..bytes.into() }))
+            }
             Err(error) => {
                 log::debug!("no descriptor for a lease: {error}");
-                hub.host_release(self.client, got.lease)?;
+                hub.host_release(self.client, got.lease, false)?;
                 Err(Status::NoMem.into())
             }
         }
+    }
+
+    fn release(&mut self, request: &wire::Release, hub: &Hub) -> Result<Answer, Refusal> {
+        let number = request.lease.get();
+        let force = request.hdr.flags.get() & flag::RELEASE_FORCE != 0;
+        let (state, use_count) = hub.host_release(self.client, LeaseId(number), force)?;
+        if state == State::Released {
+            self.exports.remove(&HandleId(number));
+        }
+        if let Some((_, watch)) = &mut self.watch {
+            watch.lease_ended();
+        }
+        let (state, use_count) = (state.to_wire().into(), use_count.into());
+        let answer = wire::RespRelease { hdr: ok(&request.hdr), state, use_count };
+        Ok(answer.as_bytes().to_vec().into())
     }
 
     fn sync(&mut self, request: &wire::Sync, hub: &Hub) -> Result<Answer, Refusal> {
@@ -265,19 +315,33 @@ impl Session {
             timeout: Duration::from_nanos(request.timeout_ns.get()),
             cookie: Cookie(self.last_wait),
         };
+        let cookie = request.hdr.cookie.get();
         let generation = if flags & flag::SYNC_END != 0 {
-            hub.host_end(self.client, lease, sync)?
+            match hub.host_end(self.client, lease, sync)? {
+                Ended::Now(generation) => generation,
+                Ended::Copy(ticket, copy) if copy.bytes() > MAX_COPY_AT_ONCE => {
+                    let answer = move |hub: &Hub| match hub.carry_out(ticket, copy) {
+                        Ok(generation) => Ok(synced(cookie, generation)),
+                        Err(status) => {
+                            hub.metrics.answered_host(Some(Type::Sync), status);
+                            Ok(refusal(Type::Sync.to_wire(), status, 0, cookie))
+                        }
+                    };
+                    return Ok(Answer::Job(Box::new(answer)));
+                }
+                Ended::Copy(ticket, copy) => hub.carry_out(ticket, copy)?,
+            }
         } else {
             let full = self.waits.len() >= MAX_CLIENT_WAITS;
             match hub.host_begin(self.client, lease, sync, full)? {
                 Begun::Now(generation) => generation,
                 Begun::Waits => {
-                    self.waits.insert(sync.cookie, request.hdr.cookie.get());
+                    self.waits.insert(sync.cookie, cookie);
                     return Ok(Answer::Later);
                 }
             }
         };
-        Ok(synced(request.hdr.cookie.get(), generation).bytes.into())
+        Ok(Answer::Now(synced(cookie, generation)))
     }
 
     fn cancel(&mut self, request: &wire::Cancel, hub: &Hub) -> Result<Answer, Refusal> {
@@ -286,6 +350,25 @@ impl Session {
         let number = *named.ok_or(Status::NoEnt)?.0;
         hub.host_cancel(self.client, number)?;
         Ok(ok(&request.hdr).as_bytes().to_vec().into())
+    }
+
+    /// Takes in that an export was answered.
+    pub fn exported(&mut self, (handle, cookie): (HandleId, u64)) {
+        self.exports.insert(handle, cookie);
+    }
+
+    /// Whether it exports something.
+    pub fn exports(&self) -> bool {
+        !self.exports.is_empty()
+    }
+
+    /// An event of an export.
+    pub fn export_event(&mut self, event: &ExportEvent) -> Option<Outgoing> {
+        let cookie = self.exports.get(&event.handle).copied()?;
+        if event.kind == crate::registry::EventKind::Released {
+            self.exports.remove(&event.handle);
+        }
+        Some(export::event(event, cookie))
     }
 
     /// The answer to a pending BEGIN that ended.
@@ -303,80 +386,7 @@ fn synced(cookie: u64, generation: u64) -> Outgoing {
     wire::RespSync { hdr, generation: generation.into() }.as_bytes().to_vec().into()
 }
 
-fn list(request: &wire::List, hub: &Hub) -> Result<Answer, Refusal> {
-    let room = (MAX_PACKET - size_of::<wire::RespList>()) / size_of::<wire::Buffer>();
-    let page = hub.host_page(Uuid::from_bytes(request.after), room);
-    let count = (page.len() as u32).into();
-    let mut bytes =
-        wire::RespList { hdr: ok(&request.hdr), count, ..Default::default() }.as_bytes().to_vec();
-    for info in &page {
-        bytes.extend_from_slice(record(info).as_bytes());
-    }
-    Ok(bytes.into())
-}
-
-fn query(request: &wire::Query, hub: &Hub, people: &People) -> Result<Answer, Refusal> {
-    let info = hub.host_info(Uuid::from_bytes(request.uuid)).ok_or(Status::NoEnt)?;
-    let padded = info.what.metadata.len().next_multiple_of(8);
-    let fixed = size_of::<wire::RespQuery>() + padded;
-    let room = MAX_PACKET.saturating_sub(fixed) / size_of::<wire::Lease>();
-    let leases = &info.leases[..info.leases.len().min(room)];
-    let answer = wire::RespQuery {
-        hdr: ok(&request.hdr),
-        buffer: record(&info),
-        count: (leases.len() as u32).into(),
-        nr_leases: (info.leases.len() as u32).into(),
-    };
-    let mut bytes = answer.as_bytes().to_vec();
-    bytes.extend_from_slice(&info.what.metadata);
-    bytes.resize(fixed, 0);
-    for lease in leases {
-        let holder = people.get(&lease.client);
-        let lease = wire::Lease {
-            lease: lease.lease.0.into(),
-            pid: holder.map_or(0, |holder| holder.pid).into(),
-            access: lease.access.bits().into(),
-            client: holder.map_or([0; NAME_LEN], |holder| holder.name),
-        };
-        bytes.extend_from_slice(lease.as_bytes());
-    }
-    Ok(bytes.into())
-}
-
-fn stats(request: &wire::Stats, hub: &Hub) -> Result<Answer, Refusal> {
-    if request.reserved.get() != 0 {
-        return Err(Status::Inval.into());
-    }
-    let all = hub.stats();
-    let room = (MAX_PACKET - size_of::<wire::RespStats>()) / size_of::<wire::Stat>();
-    let page: Vec<_> = all.iter().skip(request.first.get() as usize).take(room).collect();
-    let (count, nr_stats) = ((page.len() as u32).into(), (all.len() as u32).into());
-    let mut bytes = wire::RespStats { hdr: ok(&request.hdr), count, nr_stats }.as_bytes().to_vec();
-    for (name, value) in page {
-        let stat = wire::Stat { name: wire::pad_text(name), value: (*value).into() };
-        bytes.extend_from_slice(stat.as_bytes());
-    }
-    Ok(bytes.into())
-}
-
-/// A buffer's record.
-pub fn record(info: &BufferInfo) -> wire::Buffer {
-    wire::Buffer {
-        uuid: info.uuid.into_bytes(),
-        name: info.what.name,
-        exporter_name: wire::pad_text(&info.exporter_name),
-        size: info.what.size.into(),
-        generation: info.generation.into(),
-        exporter: info.exporter.0.into(),
-        access: info.access.bits().into(),
-        mode: info.mode.to_wire().into(),
-        use_count: info.use_count.into(),
-        metadata_type: info.what.metadata_type.into(),
-        metadata_len: (info.what.metadata.len() as u32).into(),
-        ..Default::default()
-    }
-}
-
-fn parse<T: FromBytes + KnownLayout + Immutable>(bytes: &[u8]) -> Result<T, Refusal> {
+/// A request's structure.
+pub fn parse<T: FromBytes + KnownLayout + Immutable>(bytes: &[u8]) -> Result<T, Refusal> {
     T::read_from_prefix(bytes).map(|(request, _)| request).or(Err(Status::Inval.into()))
 }

@@ -2,7 +2,10 @@
 //!
 //! One epoll loop (event-manager) over the listener, the connections, the hub's wake-up and a timer
 //! that is armed only while something waits for time to pass: an idle daemon does not wake up. No
-//! client can hold it up: nothing here waits for one. A client that goes away ends its leases.
+//! client can hold it up: nothing here waits for one, and what takes its time has a thread of its own. A
+//! client that goes away ends its leases and exports.
+
+mod succession;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -11,24 +14,23 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
-use log::{debug, error, info};
+use log::{debug, error};
 use rustix::io::Errno;
 use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
     timerfd_settime,
 };
 
-use super::conn::{Conn, Gone, Interest, LeftClient, TURN};
-use super::heirs::{self, Heir, Heirs};
+use super::conn::{Conn, Gone, Interest, TURN};
+use super::heirs::{Heir, Heirs};
+use super::jobs::Jobs;
 use super::listener::Listener;
 use super::packet::{self, Wait};
-use super::request::{self, People, Person};
+use super::request::{self, Answer, People, Person};
 use super::wire::Type;
-use crate::estate::Estate;
-use crate::handover::Parcel;
 use crate::hub::{self, Hub};
 use crate::ids::ClientId;
-use crate::ioctl::{PeerCredentials, peer_credentials};
+use crate::ioctl::PeerCredentials;
 use crate::limits::MAX_CLIENTS;
 use crate::protocol::{NAME_LEN, Status};
 use crate::throttle::Throttle;
@@ -56,8 +58,9 @@ pub struct Server {
     /// Given up for a moment when there is no descriptor left to accept a connection with.
     spare: Option<OwnedFd>,
     last_client: u64,
-    /// By epoll token, with what the token waits for.
-    conns: BTreeMap<u32, (Conn, Interest)>,
+    /// By epoll token, with what the token waits for: nothing while the connection is busy.
+    conns: BTreeMap<u32, (Conn, Option<Interest>)>,
+    jobs: Jobs,
     people: People,
     heirs: Heirs,
     /// Everything was left to an heir, or could not be.
@@ -79,34 +82,12 @@ impl Server {
             spare,
             last_client: 0,
             conns: BTreeMap::new(),
+            jobs: Jobs::default(),
             people: People::new(),
             heirs: Heirs::default(),
             over: Arc::default(),
             log: Throttle::new(),
         })
-    }
-
-    /// Goes on with the clients of the daemon before this one, and leaves all to these heirs one day.
-    pub fn inherit(
-        &mut self,
-        clients: Vec<(LeftClient, Option<OwnedFd>)>,
-        last_client: ClientId,
-        heirs: Heirs,
-    ) {
-        (self.last_client, self.heirs) = (last_client.0, heirs);
-        for (token, (left, socket)) in (FIRST_CLIENT..).zip(clients) {
-            let client = left.client;
-            let peer = socket.as_ref().map(|socket| peer_credentials(socket.as_fd()));
-            let (Some(socket), Some(Ok(peer))) = (socket, peer) else {
-                self.hub.client_gone(client);
-                continue;
-            };
-            let conn = Conn::inherit(left, socket, &self.hub);
-            let name = conn.name().unwrap_or_default();
-            self.people.insert(client, self.person(&peer, name));
-            let interest = conn.interest();
-            self.conns.insert(token, (conn, interest));
-        }
     }
 
     /// Serves until everything was left to an heir.
@@ -120,37 +101,6 @@ impl Server {
                 return result.map_err(|error| format!("not all could be left: {error}").into());
             }
         }
-    }
-
-    /// Ends the VMs' sessions, tells the clients as much as they take, and leaves everything.
-    fn leave(&mut self, heir: Heir) {
-        let (buffers, last_lease) = self.hub.leave();
-        self.spread_news();
-        let mut clients = Vec::new();
-        for (mut conn, _) in std::mem::take(&mut self.conns).into_values() {
-            let client = conn.client();
-            match conn.write(&self.hub) {
-                Ok(()) => {
-                    let (left, socket) = conn.leave();
-                    clients.push((left, Some(socket)));
-                }
-                Err(why) => debug!("client {client} is not left to anybody: {why:?}"),
-            }
-        }
-        let mut estate = Estate {
-            clock: self.hub.now(),
-            last_lease,
-            last_client: ClientId(self.last_client),
-            buffers,
-            clients,
-            listeners: Parcel::new(),
-        };
-        let host = self.listener.take().map(|listener| (heirs::HOST.to_owned(), listener.into()));
-        estate.listeners.extend(host);
-        let (count, clients) = (estate.buffers.len(), estate.clients.len());
-        let result = std::mem::take(&mut self.heirs).leave(heir, estate);
-        info!("{count} buffers and {clients} clients are left to the successor");
-        *self.over.lock().unwrap_or_else(PoisonError::into_inner) = Some(result);
     }
 
     fn person(&self, peer: &PeerCredentials, name: [u8; NAME_LEN]) -> Person {
@@ -202,7 +152,7 @@ impl Server {
             debug!("client {client}: pid {}, user {}", peer.pid, peer.uid);
             self.people.insert(client, self.person(&peer, [0; NAME_LEN]));
             let interest = Interest { read: true, write: false };
-            self.conns.insert(token, (Conn::new(socket, client), interest));
+            self.conns.insert(token, (Conn::new(socket, client), Some(interest)));
         }
     }
 
@@ -236,7 +186,7 @@ impl Server {
     fn serve(&mut self, token: u32) -> Result<(), Gone> {
         let started = Instant::now();
         for _ in 0..TURN {
-            // One request may be a copy of a whole buffer.
+            // One request may be a copy.
             if started.elapsed() > TURN_TIME {
                 break;
             }
@@ -247,9 +197,23 @@ impl Server {
             }
             self.spread_news();
             let Some((conn, _)) = self.conns.get_mut(&token) else { break };
-            conn.push(answer, &self.hub)?;
+            match answer {
+                Answer::Now(answer) => conn.push(answer, &self.hub)?,
+                Answer::Later => {}
+                Answer::Job(job) => self.jobs.start(&self.hub, token, job),
+            }
         }
         Ok(())
+    }
+
+    /// Hands out what jobs made.
+    fn take_finished(&mut self, ops: &mut EventOps) {
+        for (token, made) in self.jobs.take_done() {
+            let Some((conn, _)) = self.conns.get_mut(&token) else { continue };
+            if let Err(why) = conn.done(made, &self.hub) {
+                self.drop_client(token, why, ops);
+            }
+        }
     }
 
     /// Gives each client what the hub has for it.
@@ -262,6 +226,11 @@ impl Server {
                 conn.begun(number, status, generation);
             }
         }
+        for (conn, _) in self.conns.values_mut() {
+            if news.exporters.contains(&conn.client()) {
+                conn.note_export();
+            }
+        }
         for notice in &news.notices {
             for (conn, _) in self.conns.values_mut() {
                 conn.note(notice);
@@ -270,7 +239,7 @@ impl Server {
     }
 
     fn drop_client(&mut self, token: u32, why: Gone, ops: &mut EventOps) {
-        let Some((conn, _)) = self.conns.remove(&token) else { return };
+        let Some((conn, watched)) = self.conns.remove(&token) else { return };
         let client = conn.client();
         match why {
             Gone::Closed => debug!("client {client} is gone"),
@@ -279,11 +248,13 @@ impl Server {
             }
             Gone::Failed(error) => throttled!(self.log, Warn, "client {client} failed: {error}"),
         }
-        if let Err(error) = ops.remove(Events::empty(&conn.as_fd())) {
+        if watched.is_some()
+            && let Err(error) = ops.remove(Events::empty(&conn.as_fd()))
+        {
             error!("client {client} is still watched: {error}");
         }
         self.people.remove(&client);
-        // First its descriptors that are still on their way, then its leases.
+        // First its descriptors that are still on their way, then its leases and exports.
         drop(conn);
         self.hub.client_gone(client);
     }
@@ -299,9 +270,19 @@ impl Server {
                 due = Some(due.map_or(RETRY, |due| due.min(RETRY)));
             }
         }
+        self.take_finished(ops);
         self.spread_news();
         let mut gone = Vec::new();
         for (token, (conn, waits_for)) in &mut self.conns {
+            if conn.busy() {
+                // Not even a hang-up: a client that is gone is noticed when its job is done.
+                if waits_for.take().is_some()
+                    && let Err(error) = ops.remove(Events::empty(&conn.as_fd()))
+                {
+                    error!("client {} is still watched: {error}", conn.client());
+                }
+                continue;
+            }
             if conn.interest().write
                 && let Err(why) = conn.write(&self.hub)
             {
@@ -309,9 +290,11 @@ impl Server {
                 continue;
             }
             let interest = conn.interest();
-            if interest != *waits_for {
-                match ops.modify(Events::with_data(&conn.as_fd(), *token, set_of(interest))) {
-                    Ok(()) => *waits_for = interest,
+            if Some(interest) != *waits_for {
+                let events = Events::with_data(&conn.as_fd(), *token, set_of(interest));
+                let watch = if waits_for.is_some() { ops.modify(events) } else { ops.add(events) };
+                match watch {
+                    Ok(()) => *waits_for = Some(interest),
                     Err(error) => error!("client {} is watched no more: {error}", conn.client()),
                 }
             }
@@ -362,7 +345,7 @@ impl MutEventSubscriber for Server {
         let clients = self
             .conns
             .iter()
-            .map(|(token, (conn, interest))| (conn.as_fd(), *token, set_of(*interest)));
+            .filter_map(|(token, (conn, set))| Some((conn.as_fd(), *token, set_of((*set)?))));
         for (source, token, set) in all.chain(clients) {
             if let Err(error) = ops.add(Events::with_data(&source, token, set)) {
                 error!("the host socket's thread is deaf: {error}");

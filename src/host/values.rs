@@ -19,6 +19,8 @@ pub struct Daemon {
     pub peer_id: u32,
     /// Leases that this client can have.
     pub max_leases: u32,
+    /// Buffers that this client can export.
+    pub max_exports: u32,
     /// BEGINs of this client that can be pending.
     pub max_waits: u32,
     /// No wait lasts longer.
@@ -116,12 +118,56 @@ pub struct Lease {
     pub metadata: Vec<u8>,
 }
 
-/// What WATCH told.
+/// A VM that may share with the host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Peer {
+    /// Peer id.
+    pub id: u32,
+    /// The operator's name for it.
+    pub name: String,
+    /// Its device is in use.
+    pub online: bool,
+    /// The most that a host client can grant it (`protocol::access`); 0: nothing, by policy.
+    pub access: u32,
+}
+
+impl From<&wire::Peer> for Peer {
+    fn from(raw: &wire::Peer) -> Self {
+        Peer {
+            id: raw.peer_id.get(),
+            name: wire::field_text(&raw.name),
+            online: raw.flags.get() & wire::flag::PEER_ONLINE != 0,
+            access: raw.access.get(),
+        }
+    }
+}
+
+/// A buffer that this client lends, until it takes it back or the connection ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Export {
+    /// Stands for it in requests.
+    pub handle: u64,
+    /// What names it for importers.
+    pub uuid: Uuid,
+    /// DMA-BUF: VMs can map it, if their VMM has a window. MEMFD: they get copies.
+    pub fd_kind: FdKind,
+}
+
+/// What WATCH told, or what happened to an export of this client.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[allow(missing_docs)]
 pub enum Event {
     Offered(Buffer),
+    /// Also of an own export, whose exporter is the host.
     Changed(Buffer),
+    /// VMs use an own export.
+    Busy(Buffer),
+    /// No VM uses an own export any more.
+    Idle(Buffer),
+    /// The memory of an own export that was taken back is used by no VM any more.
+    Released {
+        uuid: Uuid,
+    },
     Withdrawn {
         uuid: Uuid,
         reason: Option<Status>,

@@ -25,6 +25,7 @@ pub mod flag {
     pub const HOLDER_REVOKED: u32 = 1 << 0;
     pub const HOLDER_FENCE: u32 = 1 << 1;
     pub const REPORT_OWNER_GONE: u32 = 1 << 0;
+    pub const PEER_ONLINE: u32 = 1 << 0;
 }
 
 wire_enum! {
@@ -37,6 +38,7 @@ wire_enum! {
         Stats = 0x0005, "STATS";
         Inspect = 0x0006, "INSPECT";
         Holders = 0x0007, "HOLDERS";
+        Peers = 0x0008, "PEERS";
         Acquire = 0x0100, "ACQUIRE";
         Release = 0x0101, "RELEASE";
         Sync = 0x0102, "SYNC";
@@ -45,6 +47,9 @@ wire_enum! {
         PointWait = 0x0105, "POINT_WAIT";
         Export = 0x0200, "EXPORT";
         Grant = 0x0201, "GRANT";
+        EvtReleased = 0x1000, "RELEASED";
+        EvtIdle = 0x1001, "IDLE";
+        EvtBusy = 0x1002, "BUSY";
         EvtOffered = 0x1100, "OFFERED";
         EvtRevoked = 0x1101, "REVOKED";
         EvtWithdrawn = 0x1102, "WITHDRAWN";
@@ -67,6 +72,17 @@ wire_enum! {
         Exporter = 1, "exporter";
         Lease = 2, "lease";
         Attachment = 3, "attachment";
+    }
+}
+
+wire_enum! {
+    /// Why an fd cannot be exported: `detail` of FAULT.
+    Fault: u32 {
+        Kind = 1, "KIND";
+        Unsealed = 2, "UNSEALED";
+        Access = 3, "ACCESS";
+        Size = 4, "SIZE";
+        Map = 5, "MAP";
     }
 }
 
@@ -108,7 +124,7 @@ wire_struct! {
         max_leases: U32,
         max_waits: U32,
         max_wait_ms: U32,
-        reserved: U32,
+        max_exports: U32,
         daemon: [u8; DAEMON_NAME_LEN],
     }
 }
@@ -153,6 +169,18 @@ wire_struct! {
     RespStats [24] { hdr: Resp, count: U32, nr_stats: U32, }
 }
 wire_struct! {
+    /// PEERS: those from `first` on.
+    Peers [24] { hdr: Req, first: U32, reserved: U32, }
+}
+wire_struct! {
+    /// A VM that may share with the host.
+    Peer [80] { peer_id: U32, flags: U32, access: U32, reserved: U32, name: [u8; PEER_NAME_LEN], }
+}
+wire_struct! {
+    /// Answer to PEERS; `count` peers follow.
+    RespPeers [24] { hdr: Resp, count: U32, nr_peers: U32, }
+}
+wire_struct! {
     /// ACQUIRE.
     Acquire [40] { hdr: Req, uuid: [u8; 16], access: U32, reserved: U32, }
 }
@@ -169,8 +197,12 @@ wire_struct! {
     }
 }
 wire_struct! {
-    /// RELEASE.
+    /// RELEASE of a lease or an export.
     Release [24] { hdr: Req, lease: U64, }
+}
+wire_struct! {
+    /// Answer to RELEASE.
+    RespRelease [24] { hdr: Resp, state: U32, use_count: U32, }
 }
 wire_struct! {
     /// SYNC, BEGIN or END.
@@ -183,6 +215,26 @@ wire_struct! {
 wire_struct! {
     /// CANCEL.
     Cancel [24] { hdr: Req, target: U64, }
+}
+wire_struct! {
+    /// EXPORT; metadata follows, and one fd travels with it.
+    Export [72] {
+        hdr: Req,
+        size: U64,
+        access: U32,
+        metadata_type: U32,
+        metadata_len: U32,
+        reserved: U32,
+        name: [u8; NAME_LEN],
+    }
+}
+wire_struct! {
+    /// Answer to EXPORT.
+    RespExport [48] { hdr: Resp, handle: U64, uuid: [u8; 16], fd_kind: U32, reserved: U32, }
+}
+wire_struct! {
+    /// GRANT.
+    Grant [40] { hdr: Req, handle: U64, peer_id: U32, access: U32, lifetime_ms: U64, }
 }
 
 wire_struct! {
@@ -263,91 +315,5 @@ pub fn field_text(field: &[u8]) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_type_is_known_or_none() {
-        let known = (0..=u16::MAX).filter_map(Type::from_wire).count();
-        assert_eq!(known, Type::ALL.len());
-        assert!(Type::ALL.iter().all(|kind| Type::from_wire(kind.to_wire()) == Some(*kind)));
-    }
-
-    #[test]
-    fn names_fit_their_fields() {
-        assert_eq!(field_text(&pad_text::<8>("frame")), "frame");
-        assert_eq!(field_text(&pad_text::<8>("12345678")), "12345678");
-        assert_eq!(field_text(&pad_text::<4>("abcé")), "abc");
-        assert_eq!(field_text(b"a\x1b[2Jb"), "a\u{fffd}[2Jb");
-    }
-
-    #[test]
-    fn numbers_and_sizes_equal_those_of_the_c_header_and_of_the_document() {
-        let header = include_str!("../../include/bufshare-host.h");
-        for kind in Type::ALL {
-            let prefix = if kind.to_wire() >= 0x1000 { "EVT_" } else { "" };
-            let line = format!("BUFSHARE_HOST_{prefix}{}", kind.name());
-            let value = format!("= {:#06x},", kind.to_wire());
-            assert!(
-                header.lines().any(|l| l.trim_start().starts_with(&line) && l.contains(&value)),
-                "{line} {value}"
-            );
-        }
-        for status in crate::protocol::Status::ALL {
-            let line = format!("BUFSHARE_S_{}", status.name());
-            let value = format!("= {},", status.to_wire());
-            assert!(
-                header.lines().any(|l| l.trim_start().starts_with(&line) && l.contains(&value)),
-                "{line} {value}"
-            );
-        }
-        let document = include_str!("../../spec/host-socket.md");
-        let listings: String =
-            document.split("```c\n").skip(1).filter_map(|rest| rest.split("```").next()).collect();
-        let mut listed = 0;
-        for line in listings.lines().filter(|line| !line.is_empty()) {
-            assert!(header.lines().any(|l| l == line), "not in the header: {line}");
-            listed += 1;
-        }
-        assert!(listed > 100, "{listed} lines listed");
-        for line in header.lines().filter(|l| l.starts_with("struct ") && l.contains('{')) {
-            assert!(listings.contains(line), "not in the document: {line}");
-        }
-        let sizes = [
-            ("host_req", size_of::<Req>()),
-            ("host_resp", size_of::<Resp>()),
-            ("host_buffer", size_of::<Buffer>()),
-            ("plane", size_of::<crate::protocol::Plane>()),
-            ("image", size_of::<crate::protocol::Image>()),
-            ("host_hello", size_of::<Hello>()),
-            ("host_resp_hello", size_of::<RespHello>()),
-            ("host_list", size_of::<List>()),
-            ("host_resp_list", size_of::<RespList>()),
-            ("host_watch", size_of::<Watch>()),
-            ("host_event", size_of::<Event>()),
-            ("host_query", size_of::<Query>()),
-            ("host_lease", size_of::<Lease>()),
-            ("host_resp_query", size_of::<RespQuery>()),
-            ("host_stats", size_of::<Stats>()),
-            ("host_stat", size_of::<Stat>()),
-            ("host_resp_stats", size_of::<RespStats>()),
-            ("host_acquire", size_of::<Acquire>()),
-            ("host_resp_acquire", size_of::<RespAcquire>()),
-            ("host_release", size_of::<Release>()),
-            ("host_sync", size_of::<Sync>()),
-            ("host_resp_sync", size_of::<RespSync>()),
-            ("host_cancel", size_of::<Cancel>()),
-            ("host_inspect", size_of::<Inspect>()),
-            ("host_report", size_of::<Report>()),
-            ("host_resp_inspect", size_of::<RespInspect>()),
-            ("host_holders", size_of::<Holders>()),
-            ("host_holder", size_of::<Holder>()),
-            ("host_resp_holders", size_of::<RespHolders>()),
-        ];
-        assert_eq!(sizes.len(), header.matches("BUFSHARE_SIZE(bufshare_").count());
-        for (name, size) in sizes {
-            let line = format!("BUFSHARE_SIZE(bufshare_{name}, {size});");
-            assert!(header.contains(&line), "{line}");
-        }
-    }
-}
+#[path = "wire_tests.rs"]
+mod tests;

@@ -14,6 +14,13 @@ fn carry(one: &Move<Memory>) -> io::Result<u64> {
         View::Pages => place.memory.part(place.offset, one.len),
         View::Content => place.memory.content(place.offset, one.len),
     };
+    // Of a client's dma-buf both views are the same, and nothing is copied from one to another.
+    if one.from.memory.is_mapped() {
+        return one.from.memory.copy_out(one.from.offset, &segments(&one.to)?);
+    }
+    if one.to.memory.is_mapped() {
+        return one.to.memory.copy_in(one.to.offset, &segments(&one.from)?);
+    }
     crate::dmabuf::copy(&segments(&one.from)?, &segments(&one.to)?)
 }
 

@@ -7,10 +7,14 @@ use std::time::Duration;
 
 use uuid::Uuid;
 
-use super::{HostNews, Hub, Memory, lock};
-use crate::ids::{Access, ClientId, Cookie, LeaseId};
-use crate::protocol::Status;
-use crate::registry::{Acquired, Begun, BufferInfo, Registry, Report, SyncRequest};
+use super::{HostNews, Hub, Memory, lock, raise};
+use crate::dmabuf::{Backing, Unfit};
+use crate::ids::{Access, ClientId, Cookie, HandleId, LeaseId};
+use crate::protocol::{Mode, State, Status};
+use crate::registry::{
+    Acquired, Begun, BufferInfo, ClientTicket, Ended, ExportEvent, Exported, Registry, Report,
+    SyncRequest,
+};
 
 impl Hub {
     /// Readable when [`take_host_news`](Self::take_host_news) has something, or a deadline may have
@@ -78,12 +82,45 @@ impl Hub {
         self.with(|registry, now| registry.acquire(client, uuid, access, zero_copy, now))
     }
 
-    /// RELEASE of a lease.
-    pub fn host_release(&self, client: ClientId, lease: LeaseId) -> Result<(), Status> {
-        self.with(|registry, _| registry.end_lease(client, lease))
+    /// RELEASE of a lease or an export: its state, and what still uses it.
+    pub fn host_release(
+        &self,
+        client: ClientId,
+        number: LeaseId,
+        force: bool,
+    ) -> Result<(State, u32), Status> {
+        self.with(|registry, _| registry.release_of(client, number, force))
     }
 
-    /// BEGIN of a lease. Where it waits, [`HostNews::done`] tells the end under the request's cookie.
+    /// Enters the memory of an EXPORT that the registry judged, or gives up what it charged.
+    pub fn finish_host_export(
+        &self,
+        ticket: ClientTicket,
+        lent: Result<Backing, Unfit>,
+    ) -> Result<(HandleId, Uuid), Status> {
+        // Its references are not counted: they are the client's, and nobody can ACQUIRE it.
+        let (uuid, since, observable) = (Uuid::new_v4(), self.now(), false);
+        let made = lent.or(Err(Status::Fault)).map(|backing| Exported {
+            backing: backing.into(),
+            mode: Mode::ZeroCopy,
+            since,
+            uuid,
+            observable,
+        });
+        self.with(|registry, _| registry.finish_client_export(ticket, made))
+    }
+
+    /// What to tell a client of its exports next.
+    pub fn take_export_event(&self, client: ClientId) -> Option<ExportEvent> {
+        self.with(|registry, _| registry.take_export_event(client))
+    }
+
+    /// Wakes the host socket's thread.
+    pub fn wake_host(&self) {
+        raise(&self.host_wake);
+    }
+
+    /// BEGIN of a lease or an export. Where it waits, [`HostNews::done`] tells the end under the request's cookie.
     pub fn host_begin(
         &self,
         client: ClientId,
@@ -94,15 +131,14 @@ impl Hub {
         self.with(|registry, now| registry.begin_lease(client, lease, sync, full, now))
     }
 
-    /// END of a lease. Returns the generation.
+    /// END of a lease or an export.
     pub fn host_end(
         &self,
         client: ClientId,
         lease: LeaseId,
         sync: SyncRequest,
-    ) -> Result<u64, Status> {
-        let ended = self.with(|registry, _| registry.end_access(client, lease, sync))?;
-        self.finish_end(ended)
+    ) -> Result<Ended<Memory>, Status> {
+        self.with(|registry, _| registry.end_access(client, lease, sync))
     }
 
     /// CANCEL of a client's BEGIN.

@@ -2,7 +2,7 @@
 //!
 //! It does not know what is copied (`transfer`).
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use super::{
@@ -89,7 +89,7 @@ impl<H: Clone> Registry<H> {
         self.begin(key, holder, allowed, request, full, origin, now)
     }
 
-    /// BEGIN of a lease. `full` says that the client has enough waits: BUSY if this one must wait.
+    /// BEGIN of a lease or a client's export. `full` says that the client has enough waits: BUSY if this one must wait.
     pub fn begin_lease(
         &mut self,
         client: ClientId,
@@ -98,10 +98,9 @@ impl<H: Clone> Registry<H> {
         full: bool,
         now: Duration,
     ) -> Result<Begun, Status> {
-        let (key, held) = self.lease_of(client, lease)?;
-        let allowed = held.access;
+        let (key, holder, allowed) = self.holder_of(client, lease)?;
         let origin = Origin::Client(client, request.cookie);
-        self.begin(key, Holder::Lease(lease), allowed, request, full, origin, now)
+        self.begin(key, holder, allowed, request, full, origin, now)
     }
 
     #[expect(clippy::too_many_arguments, reason = "one private step of the two above")]
@@ -158,16 +157,15 @@ impl<H: Clone> Registry<H> {
         Ok(Begun::Waits)
     }
 
-    /// END of a lease.
+    /// END of a lease or a client's export.
     pub fn end_access(
         &mut self,
         client: ClientId,
         lease: LeaseId,
         request: SyncRequest,
     ) -> Result<Ended<H>, Status> {
-        let (key, held) = self.lease_of(client, lease)?;
-        let allowed = held.access;
-        self.end(key, Holder::Lease(lease), allowed, request, Some(client))
+        let (key, holder, allowed) = self.holder_of(client, lease)?;
+        self.end(key, holder, allowed, request, Some(client))
     }
 
     pub(super) fn end(
@@ -256,12 +254,9 @@ impl<H: Clone> Registry<H> {
 
     /// CANCEL of a client, by the cookie of the request that waits. NOENT where none does.
     pub fn cancel_client(&mut self, client: ClientId, cookie: Cookie) -> Result<(), Status> {
-        let keys: BTreeSet<BufferKey> = self
-            .clients
-            .get(&client)
-            .into_iter()
-            .flat_map(|leases| leases.values().copied())
-            .collect();
+        let leased = self.clients.get(&client).into_iter().flat_map(BTreeMap::values);
+        let own = self.exporters.get(&client).into_iter().flat_map(|own| own.handles.values());
+        let keys: BTreeSet<BufferKey> = leased.chain(own).copied().collect();
         let origin = Origin::Client(client, cookie);
         for key in keys {
             if self.end_waits(key, |wait| (wait.origin == origin).then_some(Status::Canceled)) {

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::sync::SyncState;
+use super::{EventKind, Exported};
 use crate::ids::{Access, AttachmentId, BufferKey, ClientId, HandleId, LeaseId, PeerId, SessionId};
 use crate::protocol::{Mode, NAME_LEN};
 
@@ -128,6 +129,41 @@ pub struct Buffer<H> {
 }
 
 impl<H> Buffer<H> {
+    /// One that was exported just now.
+    pub(super) fn new(
+        session: SessionId,
+        handle: HandleId,
+        what: Description,
+        made: Exported<H>,
+        pool: Option<BufferKey>,
+    ) -> Buffer<H> {
+        Buffer {
+            owner: session.peer,
+            session,
+            handle,
+            uuid: made.uuid,
+            what,
+            mode: made.mode,
+            since: made.since,
+            backing: Some(made.backing),
+            pool,
+            parts: 0,
+            grants: Vec::new(),
+            attachments: Vec::new(),
+            leases: Vec::new(),
+            last_lease: None,
+            phase: Phase::Live,
+            generation: 0,
+            foreign: Foreign::None,
+            observable: made.observable,
+            copies: 0,
+            told_generation: 0,
+            told_busy: false,
+            sync: None,
+            due: None,
+        }
+    }
+
     /// Attachments, leases, and 1 if somebody unknown on the host holds it or parts of it live.
     pub(super) fn use_count(&self) -> u32 {
         let foreign = match self.foreign {
@@ -204,10 +240,16 @@ impl<H> Buffer<H> {
         waits.chain(grants).chain(look).min()
     }
 
+    /// Whether a host client exports it, who has the memory.
+    fn of_client(&self) -> bool {
+        self.owner == PeerId::HOST
+    }
+
     /// Whether devices of the host may have fences in the memory: who has had the dma-buf can leave
     /// some behind.
     pub(super) fn may_have_fences(&self) -> bool {
-        self.observable && self.last_lease.is_some() && self.backing.is_some()
+        let elsewhere = (self.observable && self.last_lease.is_some()) || self.of_client();
+        elsewhere && self.backing.is_some()
     }
 
     /// Whether an event waits to be told to the exporter; `import`: it wants to hear of new content.
@@ -218,6 +260,16 @@ impl<H> Buffer<H> {
             Phase::Told => true,
             Phase::Orphan | Phase::Lingering => false,
         }
+    }
+
+    /// What is to be told to the exporter.
+    pub(super) fn event_kind(&self, import: bool) -> Option<EventKind> {
+        self.has_event(import).then_some(match self.phase {
+            Phase::Told => EventKind::Released,
+            Phase::Live if self.busy_changed() && self.use_count() > 0 => EventKind::Busy,
+            Phase::Live if self.busy_changed() => EventKind::Idle,
+            _ => EventKind::Changed,
+        })
     }
 
     pub(super) fn busy_changed(&self) -> bool {

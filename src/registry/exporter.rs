@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use uuid::Uuid;
 
-use super::{Audit, Buffer, Description, Foreign, Grant, Holder, Notice, Phase, Registry};
+use super::{Audit, Buffer, Description, Grant, Holder, Notice, Phase, Registry};
 use crate::ids::{Access, BufferKey, HandleId, PeerId, SessionId};
 use crate::limits::GRANULE;
 use crate::policy::Allowed;
@@ -139,10 +139,7 @@ impl<H: Clone> Registry<H> {
             Ok(made) => made,
             Err((status, backing)) => {
                 self.outbox.drop.extend(backing);
-                if let Some(vm) = self.vms.get_mut(&session.peer) {
-                    vm.exports = vm.exports.saturating_sub(1);
-                    vm.bytes = vm.bytes.saturating_sub(what.size);
-                }
+                self.uncharge(session, what.size);
                 if let Some(key) = pool
                     && let Some(parent) = self.buffers.get_mut(&key)
                 {
@@ -152,45 +149,32 @@ impl<H: Clone> Registry<H> {
                 return Err(status);
             }
         };
-        let vm = self.vm_mut(session)?;
-        let handle = vm.new_handle();
-        self.last_key += 1;
-        let key = BufferKey(self.last_key);
+        let handle = self.vm_mut(session)?.new_handle();
+        let (uuid, mode) = (made.uuid, made.mode);
+        let key = self.enter(session, handle, what, made, pool);
         let vm = self.vm_mut(session)?;
         vm.handles.insert(handle, key);
         vm.buffers.insert(key);
-        self.by_uuid.insert(made.uuid, key);
-        let buffer = Buffer {
-            owner: session.peer,
-            session,
-            handle,
-            uuid: made.uuid,
-            what,
-            mode: made.mode,
-            since: made.since,
-            backing: Some(made.backing),
-            pool,
-            parts: 0,
-            grants: Vec::new(),
-            attachments: Vec::new(),
-            leases: Vec::new(),
-            last_lease: None,
-            phase: Phase::Live,
-            generation: 0,
-            foreign: Foreign::None,
-            observable: made.observable,
-            copies: 0,
-            told_generation: 0,
-            told_busy: false,
-            sync: None,
-            due: None,
-        };
-        let answer = (handle, buffer.uuid, buffer.mode);
-        self.buffers.insert(key, buffer);
         if let Some(pool) = pool {
             self.settle(pool);
         }
-        Ok(answer)
+        Ok((handle, uuid, mode))
+    }
+
+    /// A buffer comes to life.
+    pub(super) fn enter(
+        &mut self,
+        session: SessionId,
+        handle: HandleId,
+        what: Description,
+        made: Exported<H>,
+        pool: Option<BufferKey>,
+    ) -> BufferKey {
+        self.last_key += 1;
+        let key = BufferKey(self.last_key);
+        self.by_uuid.insert(made.uuid, key);
+        self.buffers.insert(key, Buffer::new(session, handle, what, made, pool));
+        key
     }
 
     /// GRANT: replaces what `to` was granted.

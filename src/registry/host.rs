@@ -89,7 +89,8 @@ impl<H: Clone> Registry<H> {
     /// Whether the host may know of a buffer.
     pub(super) fn host_sees(&self, key: BufferKey) -> bool {
         let leased = self.buffers.get(&key).is_some_and(|buffer| !buffer.leases.is_empty());
-        leased || !self.host_access(key).is_none()
+        let own = self.buffers.get(&key).is_some_and(|buffer| buffer.owner == PeerId::HOST);
+        leased || own || !self.host_access(key).is_none()
     }
 
     pub(super) fn info_of(
@@ -98,7 +99,7 @@ impl<H: Clone> Registry<H> {
         buffer: &Buffer<H>,
         wanted: impl Fn(&Lease) -> bool,
     ) -> BufferInfo {
-        let name = self.vms.get(&buffer.owner).map(|vm| vm.name.clone());
+        let name = self.vms.get(&buffer.owner).map_or("host", |vm| &vm.name).to_owned();
         let lease = |lease: &Lease| LeaseInfo {
             lease: lease.id,
             client: lease.client,
@@ -110,7 +111,7 @@ impl<H: Clone> Registry<H> {
             uuid: buffer.uuid,
             what: buffer.what.clone(),
             exporter: buffer.owner,
-            exporter_name: name.unwrap_or_default(),
+            exporter_name: name,
             mode: buffer.mode,
             access: self.host_access(key),
             generation: buffer.generation,
@@ -188,8 +189,9 @@ impl<H: Clone> Registry<H> {
         Ok(())
     }
 
-    /// A client is gone: its leases end.
+    /// A client is gone: its leases and exports end.
     pub fn client_gone(&mut self, client: ClientId) {
+        self.exporter_gone(client);
         let leases = self.clients.remove(&client).unwrap_or_default();
         for key in leases.values().copied().collect::<BTreeSet<_>>() {
             self.drop_leases(key, |held| leases.contains_key(&held));

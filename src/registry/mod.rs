@@ -13,6 +13,7 @@
 
 mod access;
 mod buffer;
+mod client;
 mod exporter;
 mod fence;
 mod handover;
@@ -37,6 +38,7 @@ use uuid::Uuid;
 
 pub use access::{Begun, Ended, SyncRequest};
 pub use buffer::{Buffer, Description, Foreign, Grant, Lease, Phase};
+pub use client::{ClientTicket, ExportEvent};
 pub use exporter::{Exported, GrantRequest, HandleState, Part, Ticket};
 pub use handover::Left;
 pub use host::{Acquired, BufferInfo, LeaseInfo};
@@ -128,6 +130,9 @@ pub struct Registry<H> {
     /// Of which a VM was granted something at some time.
     granted: BTreeSet<BufferKey>,
     clients: HashMap<ClientId, BTreeMap<LeaseId, BufferKey>>,
+    /// Host clients that export, and what all of them are charged, those included that are gone.
+    exporters: HashMap<ClientId, client::Exporter>,
+    host_charge: client::Charge,
     /// What is due next of each buffer: a wait, a grant or a look at foreign references.
     deadlines: BTreeSet<(Duration, BufferKey)>,
     last_key: u64,
@@ -184,6 +189,8 @@ impl<H: Clone> Registry<H> {
             by_uuid: BTreeMap::new(),
             granted: BTreeSet::new(),
             clients: HashMap::new(),
+            exporters: HashMap::new(),
+            host_charge: client::Charge::default(),
             deadlines: BTreeSet::new(),
             last_key: 0,
             last_lease: 0,
@@ -204,9 +211,9 @@ impl<H: Clone> Registry<H> {
         self.buffers.len()
     }
 
-    /// Bytes charged to all VMs.
+    /// Bytes charged to all VMs and to the host.
     pub fn bytes_charged(&self) -> u64 {
-        self.vms.values().map(|vm| vm.bytes).sum()
+        self.vms.values().map(|vm| vm.bytes).sum::<u64>() + self.host_charge.bytes
     }
 
     /// Leases that exist.
@@ -287,7 +294,11 @@ impl<H: Clone> Registry<H> {
 
     /// The live or releasing export that a handle names.
     fn key(&self, session: SessionId, handle: HandleId) -> Result<BufferKey, Status> {
-        self.vm(session)?.handles.get(&handle).copied().ok_or(Status::NoEnt)
+        let key = match session.client() {
+            Some(client) => self.exporters.get(&client).and_then(|own| own.handles.get(&handle)),
+            None => self.vm(session)?.handles.get(&handle),
+        };
+        key.copied().ok_or(Status::NoEnt)
     }
 
     /// Carries a buffer on to where its users leave it, and queues the event that follows from it;
@@ -333,22 +344,15 @@ impl<H: Clone> Registry<H> {
         pool
     }
 
-    /// Queues what is to be told to the exporter.
-    fn queue_export(&mut self, key: BufferKey) {
-        let Some(buffer) = self.buffers.get(&key) else { return };
-        let Some(vm) = self.vms.get_mut(&buffer.owner) else { return };
-        if buffer.has_event(vm.import) && vm.events.push(Topic::Export(key)) {
-            self.outbox.wake.insert(buffer.owner);
-        }
-    }
-
     /// The exporter has its pages back: the handle dies, it holds nothing any more, and its pool,
     /// which is returned and to be settled, has one user less.
     fn close_handle(&mut self, key: BufferKey) -> Option<BufferKey> {
         self.clear_bits(key, |holder| holder == Holder::Exporter);
         let buffer = self.buffers.get_mut(&key)?;
-        let (owner, handle, pool) = (buffer.owner, buffer.handle, buffer.pool.take());
-        if let Some(vm) = self.vms.get_mut(&owner) {
+        let (session, handle, pool) = (buffer.session, buffer.handle, buffer.pool.take());
+        if let Some(own) = session.client().and_then(|client| self.exporters.get_mut(&client)) {
+            own.handles.remove(&handle);
+        } else if let Some(vm) = self.vms.get_mut(&session.peer) {
             vm.handles.remove(&handle);
         }
         let parent = self.buffers.get_mut(&pool?)?;
@@ -380,12 +384,8 @@ impl<H: Clone> Registry<H> {
         if let Some(due) = buffer.due {
             self.deadlines.remove(&(due, key));
         }
-        if let Some(vm) = self.vms.get_mut(&buffer.owner) {
-            vm.exports = vm.exports.saturating_sub(1);
-            vm.bytes = vm.bytes.saturating_sub(buffer.what.size);
-            vm.buffers.remove(&key);
-            vm.events.remove(Topic::Export(key));
-        }
+        self.uncharge(buffer.session, buffer.what.size);
+        self.forget_export(buffer.session, key);
         self.outbox.drop.extend(buffer.backing);
         if self.granted.remove(&key) {
             self.refresh_offers(key);

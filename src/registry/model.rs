@@ -2000,6 +2000,8 @@ fn same(one: &Registry<Rc<()>>, other: &Registry<Rc<()>>) -> bool {
         by_uuid,
         granted,
         clients,
+        exporters,
+        host_charge,
         deadlines,
         last_key,
         last_lease,
@@ -2020,6 +2022,7 @@ fn same(one: &Registry<Rc<()>>, other: &Registry<Rc<()>>) -> bool {
         && by_uuid == &other.by_uuid
         && granted == &other.granted
         && clients == &other.clients
+        && (exporters, host_charge) == (&other.exporters, &other.host_charge)
         && deadlines == &other.deadlines
         && last_key == &other.last_key
         && last_lease == &other.last_lease

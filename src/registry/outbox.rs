@@ -19,6 +19,8 @@ pub struct Outbox<H> {
     pub done: Vec<Done>,
     /// News for host clients.
     pub notices: Vec<Notice>,
+    /// Host clients with an event of their exports.
+    pub exporters: BTreeSet<ClientId>,
     /// Memory that is no longer needed.
     pub drop: Vec<H>,
     /// Buffers whose foreign references must be counted now.
@@ -37,6 +39,7 @@ impl<H> Default for Outbox<H> {
             wake: BTreeSet::new(),
             done: Vec::new(),
             notices: Vec::new(),
+            exporters: BTreeSet::new(),
             drop: Vec::new(),
             observe: BTreeSet::new(),
             fences: Vec::new(),

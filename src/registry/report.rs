@@ -38,6 +38,8 @@ pub struct Report {
 #[allow(missing_docs)]
 pub enum Who {
     Exporter(PeerId, HandleId),
+    /// A host client as exporter.
+    Lender(ClientId, HandleId),
     Lease(ClientId, LeaseId),
     Attachment(PeerId, HandleId),
 }
@@ -138,7 +140,10 @@ impl<H: Clone> Registry<H> {
             attachments: buffer.attachments.len(),
             mappings: state.nr_mappings,
             waits: buffer.sync.iter().flat_map(|sync| sync.waiters().chain(sync.fenced())).count(),
-            owner_gone: self.vm(buffer.session).is_err(),
+            owner_gone: match buffer.session.client() {
+                Some(client) => !self.exporters.contains_key(&client),
+                None => self.vm(buffer.session).is_err(),
+            },
         })
     }
 
@@ -154,7 +159,10 @@ impl<H: Clone> Registry<H> {
         let buffer = self.buffers.get(&key).filter(|_| all || self.host_sees(key))?;
         let report = self.report(key, now)?;
         let blank = HolderInfo {
-            who: Who::Exporter(buffer.owner, buffer.handle),
+            who: match buffer.session.client() {
+                Some(client) => Who::Lender(client, buffer.handle),
+                None => Who::Exporter(buffer.owner, buffer.handle),
+            },
             name: report.info.exporter_name.clone(),
             age: report.age,
             access: buffer.what.access,

@@ -123,32 +123,38 @@ impl<H: Clone> Registry<H> {
         let ends =
             |key: &BufferKey| self.buffers.get(key).is_some_and(|buffer| buffer.session == session);
         let keys: Vec<BufferKey> = own.into_iter().filter(ends).collect();
-        for key in &keys {
-            let before = self.host_access(*key);
-            self.end_waits(*key, |waiter| match waiter.holder {
-                Holder::Exporter => Some(Status::Canceled),
-                Holder::Lease(_) | Holder::Attachment(_) => Some(Status::Revoked),
-            });
-            self.clear_bits(*key, |holder| holder == Holder::Exporter);
-            self.revoke_leases(*key);
-            self.revoke_attachments(*key, |_| true);
-            let Some(buffer) = self.buffers.get_mut(key) else { continue };
-            buffer.grants.clear();
-            buffer.parts = 0;
-            buffer.pool = None;
-            if matches!(buffer.phase, Phase::Live | Phase::Releasing) {
-                buffer.phase = Phase::Lingering;
-                if let Some(vm) = self.vms.get_mut(&peer) {
-                    vm.lingering += 1;
-                }
-            } else {
-                buffer.phase = Phase::Orphan;
-            }
-            self.tell_host_offer(*key, before);
-            self.refresh_offers(*key);
-            self.settle(*key);
+        for key in keys {
+            self.abandon(key);
         }
         self.tell_peers(peer);
+    }
+
+    /// An exporter is gone: nobody has a right to its buffer any more, and its memory lingers as long as
+    /// it is used.
+    pub(super) fn abandon(&mut self, key: BufferKey) {
+        let before = self.host_access(key);
+        self.end_waits(key, |waiter| match waiter.holder {
+            Holder::Exporter => Some(Status::Canceled),
+            Holder::Lease(_) | Holder::Attachment(_) => Some(Status::Revoked),
+        });
+        self.clear_bits(key, |holder| holder == Holder::Exporter);
+        self.revoke_leases(key);
+        self.revoke_attachments(key, |_| true);
+        let Some(buffer) = self.buffers.get_mut(&key) else { return };
+        buffer.grants.clear();
+        buffer.parts = 0;
+        buffer.pool = None;
+        if matches!(buffer.phase, Phase::Live | Phase::Releasing) {
+            buffer.phase = Phase::Lingering;
+            if let Some(vm) = self.vms.get_mut(&buffer.owner) {
+                vm.lingering += 1;
+            }
+        } else {
+            buffer.phase = Phase::Orphan;
+        }
+        self.tell_host_offer(key, before);
+        self.refresh_offers(key);
+        self.settle(key);
     }
 
     /// How many exports of earlier sessions are still in use.
@@ -224,21 +230,11 @@ impl<H: Clone> Registry<H> {
         let blank = Event { topic: Some(topic), ..blank };
         match topic {
             Topic::Export(key) => {
-                let buffer = self.buffers.get(&key).filter(|buffer| buffer.has_event(vm.import))?;
-                let (generation, size) = (buffer.generation, buffer.what.size);
+                let buffer = self.buffers.get(&key)?;
+                let kind = buffer.event_kind(vm.import)?;
+                let size = if kind == EventKind::Changed { 0 } else { buffer.what.size };
                 let (handle, uuid) = (Some(buffer.handle), Some(buffer.uuid));
-                let kind = match buffer.phase {
-                    Phase::Told => EventKind::Released,
-                    Phase::Live if buffer.busy_changed() && buffer.use_count() > 0 => {
-                        EventKind::Busy
-                    }
-                    Phase::Live if buffer.busy_changed() => EventKind::Idle,
-                    _ => {
-                        let kind = EventKind::Changed;
-                        return Some(Event { kind, handle, uuid, generation, ..blank });
-                    }
-                };
-                Some(Event { kind, handle, uuid, size, generation, ..blank })
+                Some(Event { kind, handle, uuid, size, generation: buffer.generation, ..blank })
             }
             Topic::Offer(key) => {
                 let (kind, access) = self.offer_news(peer, key)?;
@@ -287,15 +283,7 @@ impl<H: Clone> Registry<H> {
     /// Enters what the VM knows now, and queues what it does not.
     fn know(&mut self, peer: PeerId, topic: Topic, kind: EventKind, event: Event) {
         match topic {
-            Topic::Export(key) => {
-                let Some(buffer) = self.buffers.get_mut(&key) else { return };
-                match kind {
-                    EventKind::Released => buffer.phase = Phase::Orphan,
-                    EventKind::Changed => buffer.told_generation = event.generation,
-                    _ => buffer.told_busy = kind == EventKind::Busy,
-                }
-                self.settle(key);
-            }
+            Topic::Export(key) => self.know_export(key, kind, event.generation),
             Topic::Offer(key) => {
                 let told = Some(event.access).filter(|_| kind == EventKind::Offered);
                 let (Some(vm), Some(uuid), Some(exporter)) =

@@ -15,6 +15,13 @@ pub struct Copy<H> {
     pub moves: Vec<Move<H>>,
 }
 
+impl<H> Copy<H> {
+    /// Bytes of all moves.
+    pub fn bytes(&self) -> u64 {
+        self.moves.iter().fold(0, |sum, one| sum.saturating_add(one.len))
+    }
+}
+
 /// Bytes to copy from one place to another.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[allow(missing_docs)]

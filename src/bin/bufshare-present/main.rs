@@ -262,6 +262,8 @@ impl Show {
                 }
                 Event::Withdrawn { .. } => return Ok(Some("withdrawn")),
                 Event::Revoked { .. } => return Ok(Some("revoked")),
+                // It exports nothing.
+                Event::Busy(_) | Event::Idle(_) | Event::Released { .. } => {}
                 Event::Resync => self.client.watch(Some(self.lease.buffer.uuid))?,
             }
         }

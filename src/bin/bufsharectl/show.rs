@@ -140,6 +140,13 @@ pub fn event(event: &Event, as_json: bool) -> String {
             let (uuid, generation) = (buffer.uuid, buffer.generation);
             (value, format!("{:<9}  {uuid}  generation {generation}", "changed"))
         }
+        Event::Busy(buffer) | Event::Idle(buffer) => {
+            let kind = if matches!(event, Event::Busy(_)) { "busy" } else { "idle" };
+            let mut value = buffer_json(buffer, None);
+            value["event"] = kind.into();
+            (value, format!("{kind:<9}  {}  {} uses", buffer.uuid, buffer.use_count))
+        }
+        Event::Released { uuid } => gone("released", uuid, Some(Status::Ok)),
         Event::Withdrawn { uuid, reason } => gone("withdrawn", uuid, *reason),
         Event::Revoked { uuid, reason } => gone("revoked", uuid, *reason),
         Event::Resync => (json!({ "event": "resync" }), "resync".to_owned()),
