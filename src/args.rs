@@ -13,7 +13,7 @@ use serde::Deserialize;
 
 use crate::dmabuf::Source;
 use crate::ids::PeerId;
-use crate::limits::{MAX_VMS, MAX_WAITS, Quota};
+use crate::limits::{DEFAULT_WINDOW, GRANULE, MAX_VMS, MAX_WAITS, MAX_WINDOW, Quota};
 use crate::policy::{Rule, Side};
 
 /// Share guests' buffers with the host as dma-bufs: a vhost-user device (virtio ID 37) for many VMs.
@@ -46,6 +46,10 @@ pub struct Args {
     /// Refuse exports that could only be copied
     #[arg(long)]
     pub require_zero_copy: bool,
+    /// Bytes of the window in which each VM sees others' buffers, a power of two [default: 256 MiB]; 0:
+    /// none, importers map by copy
+    #[arg(long, value_name = "BYTES")]
+    pub window_size: Option<u64>,
     /// Give up files and system calls that the daemon does not need
     #[arg(long, value_name = "on|off", default_value = "on", value_parser = ["on", "off"])]
     pub sandbox: String,
@@ -65,6 +69,7 @@ struct FileConfig {
     hand_over: Option<PathBuf>,
     udmabuf: Option<String>,
     require_zero_copy: bool,
+    window_size: Option<u64>,
     sandbox: Option<bool>,
 }
 
@@ -109,6 +114,8 @@ pub struct Settings {
     pub udmabuf: Source,
     /// Refuse exports that could only be copied.
     pub require_zero_copy: bool,
+    /// Bytes of each VM's window; 0: none.
+    pub window_size: u64,
     /// Enter the sandbox.
     pub sandbox: bool,
 }
@@ -131,6 +138,8 @@ pub enum Error {
     Allow { text: String, what: String },
     #[error("--udmabuf {0:?}: say auto, off, an absolute path, or fd:N")]
     Udmabuf(String),
+    #[error("--window-size {0}: say a power of two from {min} to {max}, or 0 for none", min = GRANULE, max = MAX_WINDOW)]
+    Window(u64),
     #[error("cannot read the configuration {path:?}")]
     Read { path: PathBuf, source: std::io::Error },
     #[error("the configuration {path:?} is not right")]
@@ -155,6 +164,12 @@ impl Args {
         check_vms(&vms)?;
         let rules = file.allow.iter().chain(&self.allow);
         let rules = rules.map(|text| parse_rule(text, &vms)).collect::<Result<_, _>>()?;
+        let window_size = self.window_size.or(file.window_size).unwrap_or(DEFAULT_WINDOW);
+        let possible =
+            window_size.is_power_of_two() && (GRANULE..=MAX_WINDOW).contains(&window_size);
+        if window_size != 0 && !possible {
+            return Err(Error::Window(window_size));
+        }
         let udmabuf = self.udmabuf.as_ref().or(file.udmabuf.as_ref());
         Ok(Settings {
             rules,
@@ -163,6 +178,7 @@ impl Args {
             hand_over: self.hand_over.clone().or(file.hand_over),
             udmabuf: udmabuf.map_or(Ok(Source::Auto), |text| parse_udmabuf(text))?,
             require_zero_copy: self.require_zero_copy || file.require_zero_copy,
+            window_size,
             sandbox: self.sandbox == "on" && file.sandbox != Some(false),
             vms,
         })

@@ -9,12 +9,14 @@ use std::time::Duration;
 use uuid::Uuid;
 use zerocopy::{FromBytes, Immutable, KnownLayout};
 
-use crate::ids::{Access, Cookie, HandleId, MappingId, PeerId};
+use crate::ids::{Access, Cookie, HandleId, MappingId, PeerId, WindowRange};
 use crate::limits::MAX_RAW_SEGMENTS;
 use crate::protocol::{
     self as wire, NAME_LEN, Opcode, Segment, Status, feature, flag, metadata, vq,
 };
-use crate::registry::{AttachRequest, Description, GrantRequest, MapRequest, SyncRequest};
+use crate::registry::{
+    AttachRequest, Description, GrantRequest, MapRequest, SyncRequest, WindowRequest,
+};
 
 /// Bytes of a request that are copied at most: the largest EXPORT, with more metadata than any
 /// device accepts, so that too much of it is told from too few bytes.
@@ -34,6 +36,7 @@ pub enum Command<'a> {
     Attach { request: AttachRequest, max_metadata: u32 },
     Detach { handle: HandleId },
     Map { request: MapRequest, segments: &'a [Segment] },
+    MapWindow(WindowRequest),
     Unmap { mapping: MappingId },
     PeerInfo { index: u32 },
     Cancel { handle: HandleId, cookie: Cookie },
@@ -144,7 +147,10 @@ impl<'a> Raw<'a> {
             && match opcode {
                 Opcode::PeerInfo => self.has(feature::PEERS),
                 Opcode::Attach | Opcode::Detach => self.has(feature::IMPORT),
-                Opcode::Map | Opcode::Unmap => self.has(feature::IMPORT) && self.has(feature::COPY),
+                Opcode::Map | Opcode::Unmap => {
+                    let maps = self.has(feature::COPY) || self.has(feature::WINDOW);
+                    self.has(feature::IMPORT) && maps
+                }
                 _ => true,
             }
     }
@@ -244,16 +250,20 @@ impl<'a> Raw<'a> {
             return Err(Status::Inval);
         }
         let zero_copy = flags & flag::ATTACH_ZERO_COPY != 0;
-        let request = AttachRequest { uuid: Uuid::from_bytes(req.uuid), access, zero_copy };
+        let window = self.has(feature::WINDOW);
+        let request = AttachRequest { uuid: Uuid::from_bytes(req.uuid), access, zero_copy, window };
         Ok(Command::Attach { request, max_metadata })
     }
 
     fn map(&self, flags: u16) -> Result<Command<'a>, Status> {
-        // Without F_COPY it wants a window.
-        if flags & flag::MAP_COPY == 0 {
+        let copies = flags & flag::MAP_COPY != 0;
+        if !self.has(if copies { feature::COPY } else { feature::WINDOW }) {
             return Err(Status::Unsupp);
         }
         let req: wire::Map = self.fixed(Opcode::Map, flags, flag::MAP_COPY)?;
+        if !copies {
+            return self.map_window(&req);
+        }
         let count = req.nr_segments.get();
         let segments_len = u64::from(count) * size_of::<Segment>() as u64;
         if size_of::<wire::Map>() as u64 + segments_len > self.readable {
@@ -278,6 +288,17 @@ impl<'a> Raw<'a> {
             access,
         };
         Ok(Command::Map { request, segments })
+    }
+
+    fn map_window(&self, req: &wire::Map) -> Result<Command<'a>, Status> {
+        let access = Access::from_bits(req.access.get()).filter(|access| !access.is_none());
+        let access = access.ok_or(Status::Inval)?;
+        if req.nr_segments.get() != 0 || req.len.get() == 0 {
+            return Err(Status::Inval);
+        }
+        let range = WindowRange { start: req.shm_offset.get(), len: req.len.get() };
+        let (handle, offset) = (id(req.handle), req.offset.get());
+        Ok(Command::MapWindow(WindowRequest { handle, offset, range, access }))
     }
 
     fn sync(&self, flags: u16) -> Result<Command<'a>, Status> {

@@ -14,9 +14,10 @@ use crate::protocol::{Config, feature};
 
 const VHOST_USER_F_PROTOCOL_FEATURES: u32 = 30;
 
-/// Every feature bit that the device offers.
-pub fn features() -> u64 {
-    [
+/// Every feature bit that the device offers. Whether there is a window is known only after the driver's
+/// VMM read them.
+pub fn features(window: bool) -> u64 {
+    let always = [
         VIRTIO_F_VERSION_1,
         VIRTIO_RING_F_EVENT_IDX,
         VIRTIO_RING_F_INDIRECT_DESC,
@@ -24,9 +25,10 @@ pub fn features() -> u64 {
         feature::IMPORT,
         feature::COPY,
         feature::PEERS,
-    ]
-    .iter()
-    .fold(0, |bits, bit| bits | 1 << bit)
+        feature::READ_ONLY,
+    ];
+    let window = window.then_some(feature::WINDOW);
+    always.into_iter().chain(window).fold(0, |bits, bit| bits | 1 << bit)
 }
 
 /// The configuration as a driver that accepts `features` reads it. `unknown` says that what an earlier
@@ -35,7 +37,10 @@ pub fn of(hub: &Hub, peer: PeerId, features: u64, unknown: bool) -> Config {
     let quota = hub.read(|registry| registry.quota(peer));
     let (epoch, lingering) = hub.read(|registry| (registry.epoch(peer), registry.lingering(peer)));
     let import = features >> feature::IMPORT & 1 != 0;
-    let maps = import && features >> feature::COPY & 1 != 0;
+    let has = |bit: u32| import && features >> bit & 1 != 0;
+    let copies = if has(feature::COPY) { limits::MAX_COPY_MAPPINGS } else { 0 };
+    let window = hub.read(|registry| registry.max_window(peer));
+    let mappings = window.filter(|_| has(feature::WINDOW)).unwrap_or(copies);
     Config {
         peer_id: peer.0.into(),
         epoch: epoch.into(),
@@ -45,7 +50,7 @@ pub fn of(hub: &Hub, peer: PeerId, features: u64, unknown: bool) -> Config {
         max_total_size: quota.max_total_size.into(),
         max_exports: quota.max_exports.into(),
         max_attachments: if import { limits::MAX_ATTACHMENTS } else { 0 }.into(),
-        max_mappings: if maps { limits::MAX_COPY_MAPPINGS } else { 0 }.into(),
+        max_mappings: mappings.into(),
         max_metadata: limits::MAX_METADATA.into(),
         event_size: limits::EVENT_SIZE.into(),
         max_wait_ms: u32::try_from(limits::MAX_WAIT.as_millis()).unwrap_or(u32::MAX).into(),

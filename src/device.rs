@@ -2,7 +2,7 @@
 //!
 //! | queue | what the worker does with a chain |
 //! |---|---|
-//! | 0 control | answers it before it takes the next |
+//! | 0 control | answers it before it takes the next; MAP and UNMAP in the window when the VMM answered |
 //! | 1 event | keeps it in the ring until there is an event |
 //! | 2 sync | answers it, or parks it until its wait ends |
 //!
@@ -14,18 +14,18 @@
 //! other VMs. A disconnect, or a guest that resets its device, ends the session: handles die, and
 //! pages that the host still holds linger. A ring that stops ends nothing.
 
+mod backend;
+
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use log::{error, warn};
-use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
 use vhost_user_backend::{VhostUserBackend, VringT};
 use virtio_queue::QueueT;
-use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
-use vmm_sys_util::epoll::EventSet;
+use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::event::{
     EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier,
 };
@@ -34,16 +34,17 @@ use zerocopy::IntoBytes;
 use crate::command::{Command, Raw};
 use crate::config_space;
 use crate::execute::{Context, begun, execute};
-use crate::hub::{Hub, consume};
+use crate::hub::{Hub, lock};
 use crate::ids::{HandleId, PeerId, SessionId};
 use crate::limits;
 use crate::memory::MemoryMap;
 use crate::protocol::{self as wire, Opcode, Status, feature, vq};
 use crate::queue::{Chain, Memory, Rings, Slot, Vring};
 use crate::registry::{SyncRequest, Wants};
-use crate::reply::{self, Refused};
+use crate::reply::{self, Refused, Reply};
 use crate::throttle::Throttle;
 use crate::throttled;
+use crate::vmm::Vmm;
 
 /// Number of the wake-up among the worker's events; the framework owns those up to the queue count.
 pub const WAKE: u64 = vq::COUNT as u64 + 1;
@@ -57,6 +58,8 @@ pub struct Options {
     pub unsealed_ram: bool,
     /// A stop of the rings revokes everything, as a reset does.
     pub revoke_on_stop: bool,
+    /// Bytes of the window; 0: none.
+    pub window: u64,
 }
 
 /// What only the worker touches.
@@ -68,12 +71,20 @@ struct Worker {
     next_token: u64,
 }
 
-/// A BEGIN that waits.
+/// A request that waits.
 #[derive(Debug)]
-struct Parked {
-    slot: Slot,
-    handle: HandleId,
-    sync: SyncRequest,
+enum Parked {
+    /// BEGIN, for others.
+    Begin { slot: Slot, handle: HandleId, sync: SyncRequest },
+    /// MAP or UNMAP, for the VM's own VMM.
+    Vmm { slot: Slot, opcode: Opcode },
+}
+
+/// How a request may have to wait.
+#[derive(Debug, Clone, Copy)]
+enum Wait {
+    Begin(HandleId, SyncRequest),
+    Vmm(Opcode),
 }
 
 /// The device of one connection.
@@ -88,15 +99,12 @@ pub struct Device {
     memory: Memory,
     worker: Mutex<Worker>,
     /// For the main channel, which must know whether the guest could be between two sessions.
-    vrings: Mutex<Vec<Vring>>,
+    vrings: Arc<Mutex<Vec<Vring>>>,
+    vmm: Arc<Vmm>,
     /// What ends the worker, and its descriptor, which the framework leaves open for ever.
     exit: Mutex<Option<(EventConsumer, EventNotifier)>>,
     exit_fd: i32,
     throttle: Arc<Throttle>,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Device {
@@ -112,6 +120,9 @@ impl Device {
         let exit = new_event_consumer_and_notifier(EventFlag::NONBLOCK | EventFlag::CLOEXEC)?;
         let session = hub.open_session(peer, true);
         let session = session.ok_or_else(|| io::Error::other("the VM is not configured"))?;
+        let vrings = Arc::<Mutex<Vec<Vring>>>::default();
+        let window = (options.name.clone(), options.window);
+        let vmm = Vmm::new(hub.clone(), peer, window, throttle.clone(), vrings.clone());
         Ok(Device {
             hub,
             peer,
@@ -127,7 +138,8 @@ impl Device {
                 // Differs from that of every earlier connection: an end of a wait may come late.
                 next_token: session.number << 32,
             }),
-            vrings: Mutex::default(),
+            vrings,
+            vmm,
             exit_fd: exit.0.as_raw_fd(),
             exit: Mutex::new(Some(exit)),
             throttle,
@@ -136,7 +148,9 @@ impl Device {
 
     /// The connection is over and its threads have ended.
     pub fn close(&self) {
+        self.vmm.close();
         self.hub.close_session(lock(&self.worker).session);
+        self.hub.set_memory(self.peer, &GuestMemoryMmap::new());
         if lock(&self.exit).take().is_none()
             && let Err(error) = crate::ioctl::adopt_fd(self.exit_fd)
         {
@@ -152,6 +166,7 @@ impl Device {
         if reset || (running && worker.rings.were_reset(vrings)) {
             self.reset_session(&mut worker);
         }
+        self.vmm.set_ready(running);
         if !running {
             return;
         }
@@ -221,7 +236,9 @@ impl Device {
         };
         let command = raw.parse();
         let may_wait = match &command {
-            Ok(Command::Begin { handle, sync }) => Some((*handle, *sync)),
+            Ok(Command::Begin { handle, sync }) => Some(Wait::Begin(*handle, *sync)),
+            Ok(Command::MapWindow(_)) => Some(Wait::Vmm(Opcode::Map)),
+            Ok(Command::Unmap { .. }) => Some(Wait::Vmm(Opcode::Unmap)),
             _ => None,
         };
         let outcome = match command {
@@ -229,8 +246,12 @@ impl Device {
             Err(status) => Some(Err(Refused::from(status))),
         };
         match (outcome, may_wait) {
-            (None, Some((handle, sync))) => {
-                worker.parked.insert(token, Parked { slot, handle, sync });
+            (None, Some(wait)) => {
+                let parked = match wait {
+                    Wait::Begin(handle, sync) => Parked::Begin { slot, handle, sync },
+                    Wait::Vmm(opcode) => Parked::Vmm { slot, opcode },
+                };
+                worker.parked.insert(token, parked);
             }
             (outcome, _) => {
                 let outcome = outcome.unwrap_or(Err(Status::Io.into()));
@@ -245,7 +266,7 @@ impl Device {
         for done in self.hub.take_done(self.peer) {
             let crate::registry::Origin::Vm(_, token) = done.origin else { continue };
             // A token of before a reset is parked no more.
-            let Some(Parked { slot, handle, sync }) = worker.parked.remove(&token) else {
+            let Some(Parked::Begin { slot, handle, sync }) = worker.parked.remove(&token) else {
                 continue;
             };
             let outcome = match done.status {
@@ -254,6 +275,17 @@ impl Device {
             };
             let bytes = reply::response(&outcome, Some(Opcode::Sync), &self.hub.metrics);
             worker.rings.give(vrings, vq::SYNC, slot, bytes);
+        }
+        for settled in self.hub.take_settled(self.peer) {
+            let Some(Parked::Vmm { slot, opcode }) = worker.parked.remove(&settled.token) else {
+                continue;
+            };
+            let outcome = match settled.status {
+                Status::Ok => Ok(settled.mapping.map_or(Reply::Done, Reply::Mapped)),
+                status => Err(Refused::from(status)),
+            };
+            let bytes = reply::response(&outcome, Some(opcode), &self.hub.metrics);
+            worker.rings.give(vrings, vq::CONTROL, slot, bytes);
         }
     }
 
@@ -296,101 +328,5 @@ impl Device {
         let features =
             if running { self.features.load(Ordering::Relaxed) } else { self.features() };
         config_space::of(&self.hub, self.peer, features, unknown)
-    }
-}
-
-impl VhostUserBackend for Device {
-    type Bitmap = ();
-    type Vring = Vring;
-
-    fn num_queues(&self) -> usize {
-        vq::COUNT
-    }
-
-    fn max_queue_size(&self) -> usize {
-        limits::MAX_QUEUE_SIZE.into()
-    }
-
-    fn features(&self) -> u64 {
-        config_space::features()
-    }
-
-    fn acked_features(&self, features: u64) {
-        self.features.store(features, Ordering::Relaxed);
-    }
-
-    fn protocol_features(&self) -> Protocol {
-        Protocol::MQ | Protocol::CONFIG | Protocol::REPLY_ACK | Protocol::RESET_DEVICE
-    }
-
-    fn set_event_idx(&self, _enabled: bool) {}
-
-    fn reset_device(&self) {
-        self.reset.store(true, Ordering::Release);
-        self.hub.wake_vm(self.peer);
-    }
-
-    fn stop_vring(&self, _queue: u32) -> io::Result<()> {
-        if self.options.revoke_on_stop {
-            self.reset_device();
-        }
-        Ok(())
-    }
-
-    /// A VMM may think that the space is larger: what is behind ours is zero.
-    fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
-        let config = self.config();
-        let bytes = config.as_bytes().iter().copied().chain(std::iter::repeat(0));
-        bytes.skip(offset as usize).take(size as usize).collect()
-    }
-
-    fn update_memory(&self, memory: Memory) -> io::Result<()> {
-        let whole = memory.memory();
-        let map = MemoryMap::of_guest(&whole)?;
-        if map.has_unsealed() && !self.options.unsealed_ram {
-            throttled!(
-                self.throttle,
-                Warn,
-                "{}: its RAM is not sealed against shrinking, so it is not used: start the VM with \
-                 `-object memory-backend-memfd,share=on`, or accept copies with the key unsealed-ram",
-                self.options.name
-            );
-        }
-        // The framework looks at it for the rings' used index.
-        let touchable = map.touchable(&whole, self.options.unsealed_ram);
-        for place in [&memory, &self.memory] {
-            place.lock().unwrap_or_else(PoisonError::into_inner).replace(touchable.clone());
-        }
-        *self.map.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(map);
-        // While a ring was in no region, its chains could not be seen, nor asked to be announced.
-        self.hub.wake_vm(self.peer);
-        Ok(())
-    }
-
-    fn exit_event(&self, _thread: usize) -> Option<(EventConsumer, EventNotifier)> {
-        lock(&self.exit).take()
-    }
-
-    /// Never an error: that would end the worker silently.
-    fn handle_event(
-        &self,
-        event: u16,
-        _set: EventSet,
-        vrings: &[Vring],
-        _thread: usize,
-    ) -> io::Result<()> {
-        if u64::from(event) == WAKE
-            && let Some(wake) = self.hub.vm_wake(self.peer)
-        {
-            consume(wake);
-        }
-        {
-            let mut known = lock(&self.vrings);
-            if known.is_empty() {
-                *known = vrings.to_vec();
-            }
-        }
-        self.run(vrings);
-        Ok(())
     }
 }

@@ -3,6 +3,8 @@
 //!
 //! It knows the order of steps, not bytes on rings, and keeps no state of its own.
 
+use std::sync::Arc;
+
 use uuid::Uuid;
 
 use crate::command::{Command, Export};
@@ -13,7 +15,7 @@ use crate::limits::MAX_METADATA;
 use crate::memory::{self, FileSegment, MemoryMap, Refusal};
 use crate::policy::Allowed;
 use crate::protocol::{Mode, Segment, Status};
-use crate::registry::{Begun, Exported, MapRequest, Part, SyncRequest};
+use crate::registry::{Begun, Exported, MapRequest, Part, SyncRequest, WindowRequest};
 use crate::reply::{Refused, Reply};
 
 /// What the executing VM brings along.
@@ -31,7 +33,7 @@ pub struct Context<'a> {
     pub ring_room: u32,
 }
 
-/// Executes a command. `None`: it waits, and [`Hub::take_done`] will tell.
+/// Executes a command. `None`: it waits, and [`Hub::take_done`] or [`Hub::take_settled`] will tell.
 pub fn execute(hub: &Hub, vm: Context<'_>, command: Command<'_>) -> Option<Result<Reply, Refused>> {
     let session = vm.session;
     let done = |result: Result<(), Status>| result.map(|()| Reply::Done).map_err(Refused::from);
@@ -63,7 +65,15 @@ pub fn execute(hub: &Hub, vm: Context<'_>, command: Command<'_>) -> Option<Resul
         }
         Command::Detach { handle } => done(hub.with(|r, _| r.detach(session, handle))),
         Command::Map { request, segments } => map(hub, vm, request, segments),
-        Command::Unmap { mapping } => done(hub.with(|r, _| r.unmap(session, mapping))),
+        Command::MapWindow(request) => match map_window(hub, vm, request) {
+            Ok(()) => return None,
+            Err(status) => Err(status.into()),
+        },
+        Command::Unmap { mapping } => match hub.with(|r, _| r.unmap(session, mapping, vm.token)) {
+            Ok(true) => Ok(Reply::Done),
+            Ok(false) => return None,
+            Err(status) => Err(status.into()),
+        },
         Command::PeerInfo { index } => {
             hub.read(|r| r.peer_info(session.peer, index)).map(Reply::Peer).map_err(Refused::from)
         }
@@ -119,6 +129,20 @@ fn map(
     };
     let entered = hub.with(|r, _| r.finish_map(ticket, found));
     entered.map(Reply::Mapped).map_err(|status| refusal.unwrap_or(status.into()))
+}
+
+/// Asks for a place in the window; the VMM's answer ends it.
+fn map_window(hub: &Hub, vm: Context<'_>, request: WindowRequest) -> Result<(), Status> {
+    let (ticket, shared) = hub.read(|r| r.begin_window(vm.session, request))?;
+    let memory = match shared {
+        Some(memory) => Ok(memory),
+        None => hub.dmabufs.make_private(request.range.len).map(Arc::new),
+    };
+    let found = memory.and_then(|memory| {
+        let file = memory.file_id().ok_or(Status::Io)?;
+        Ok((memory, file))
+    });
+    hub.with(|r, _| r.finish_window(ticket, found, vm.token))
 }
 
 fn export(hub: &Hub, vm: Context<'_>, request: Export<'_>) -> Result<Reply, Refused> {

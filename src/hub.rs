@@ -9,6 +9,7 @@ mod copies;
 mod fences;
 mod heritage;
 mod host;
+mod windows;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
@@ -83,6 +84,7 @@ struct Port {
     wake: File,
     audit: Throttle,
     done: Mutex<Vec<Done>>,
+    channel: windows::Channel,
 }
 
 /// The daemon's shared state.
@@ -105,6 +107,7 @@ pub struct Hub {
     throttle: Throttle,
 }
 
+/// Locks a mutex.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // Nothing panics while it holds a lock; if it did, the state is still the last consistent one.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -139,7 +142,8 @@ impl Hub {
         let mut ports = BTreeMap::new();
         for (peer, vm) in peers.zip(vms) {
             let (name, wake) = (vm.name.clone(), crate::ioctl::eventfd()?);
-            let port = Port { name, wake, audit: Throttle::new(), done: Mutex::default() };
+            let (audit, done, channel) = Default::default();
+            let port = Port { name, wake, audit, done, channel };
             ports.insert(peer, port);
         }
         Ok(Hub {
@@ -208,7 +212,8 @@ impl Hub {
 
     fn held_elsewhere(&self, memory: &Backing) -> bool {
         self.metrics.observations.add(1);
-        self.dmabufs.held_elsewhere(memory).unwrap_or_else(|error| {
+        let (echoes, _kept) = self.echoes_of(memory);
+        self.dmabufs.held_elsewhere(memory, echoes).unwrap_or_else(|error| {
             let what = "references to a dma-buf cannot be counted, so it counts as held";
             throttled!(self.throttle, Warn, "{what}: {error}");
             true
@@ -234,6 +239,14 @@ impl Hub {
         let mut wake_host = std::mem::take(&mut outbox.clock);
         for audit in std::mem::take(&mut outbox.audit) {
             self.log(audit);
+        }
+        for settled in std::mem::take(&mut outbox.settled) {
+            if let Some(port) = self.ports.get(&settled.peer) {
+                lock(&port.channel.settled).push(settled);
+            }
+        }
+        for peer in std::mem::take(&mut outbox.vmm) {
+            self.ring(peer);
         }
         for done in std::mem::take(&mut outbox.done) {
             match done.origin {

@@ -47,6 +47,14 @@ id! {
     MappingId(u64)
 }
 id! {
+    /// A range of a VM's window that its VMM is asked to map. Never reused, never leaves the daemon.
+    PlaceId(u64)
+}
+id! {
+    /// The window of one connection to a VM's VMM. Never reused.
+    WindowId(u64)
+}
+id! {
     /// A connection to the host socket. Never reused.
     ClientId(u64)
 }
@@ -62,6 +70,36 @@ pub struct SessionId {
     pub peer: PeerId,
     /// Which of all.
     pub number: u64,
+}
+
+/// A file that others can hold, too, as `fstat` tells it from all others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct FileId {
+    /// Device.
+    pub dev: u64,
+    /// Inode.
+    pub ino: u64,
+}
+
+/// Bytes of a window.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WindowRange {
+    /// From its start.
+    pub start: u64,
+    /// How many.
+    pub len: u64,
+}
+
+impl WindowRange {
+    /// The first byte behind it.
+    pub fn end(self) -> u64 {
+        self.start.saturating_add(self.len)
+    }
+
+    /// Whether a byte is in both.
+    pub fn overlaps(self, other: WindowRange) -> bool {
+        self.start < other.end() && other.start < self.end()
+    }
 }
 
 impl PeerId {

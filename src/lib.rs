@@ -24,3 +24,5 @@ pub mod sandbox;
 pub mod serve;
 pub mod testcard;
 pub mod throttle;
+pub mod vmm;
+pub mod window;

@@ -37,6 +37,18 @@ pub const OBSERVE_MAX: Duration = Duration::from_millis(250);
 pub const MAX_ATTACHMENTS: u32 = 1024;
 /// Mappings of one VM onto its own pages at once.
 pub const MAX_COPY_MAPPINGS: u32 = 256;
+/// Regions that a VMM can share with a back end: memory of the guest, and each mapping in the window,
+/// which QEMU echoes as one. What is mapped beyond that leaves the device dead after the next pause.
+pub const VMM_REGIONS: usize = 8;
+/// How long a VMM may take to echo a mapping that it said yes to, before it is asked once more: a VMM that
+/// echoes does so within a millisecond.
+pub const ECHO_WAIT: Duration = Duration::from_millis(200);
+/// Threads of one VM that may be stuck because its VMM went away without closing its back channel.
+pub const MAX_CHANNELS: usize = 4;
+/// Bytes of the window, unless `--window-size` says otherwise.
+pub const DEFAULT_WINDOW: u64 = 256 << 20;
+/// Bytes of the window at most: it takes address space of the guest.
+pub const MAX_WINDOW: u64 = 1 << 40;
 /// Bytes of one importer's mappings, where `max-bytes=` does not give it more: one BEGIN copies no more
 /// than these, and the exporter's RELEASED waits for it.
 pub const MAX_MAPPED: u64 = DEFAULT_MAX_TOTAL;

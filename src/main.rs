@@ -123,6 +123,7 @@ fn run(settings: Settings) -> Result<(), Box<dyn Error>> {
             name: vm.name.clone(),
             unsealed_ram: vm.unsealed_ram,
             revoke_on_stop: vm.revoke_on_stop,
+            window: settings.window_size,
         };
         serve::spawn(hub.clone(), peer, options, listener)?;
     }

@@ -42,6 +42,13 @@ pub struct Metrics {
     pub fence_waits: Counter,
     /// Sessions of VMs.
     pub sessions: Counter,
+    /// SHMEM_MAP and SHMEM_UNMAP that VMMs were asked, those that failed, and the time until their
+    /// answers, in microseconds.
+    pub vmm_requests: Counter,
+    /// See there.
+    pub vmm_failures: Counter,
+    /// See there.
+    pub vmm_us: Counter,
     /// Responses by status.
     by_status: [Counter; Status::ALL.len()],
     /// By who asked (a VM or the host), for what, and why not.
@@ -80,6 +87,9 @@ impl Metrics {
             ("observations", &self.observations),
             ("fence_waits", &self.fence_waits),
             ("sessions", &self.sessions),
+            ("vmm_requests", &self.vmm_requests),
+            ("vmm_failures", &self.vmm_failures),
+            ("vmm_us", &self.vmm_us),
         ];
         let fixed = fixed.into_iter().map(|(name, counter)| (name.to_owned(), counter.get()));
         let answers = Status::ALL.iter().zip(&self.by_status);

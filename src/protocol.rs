@@ -25,6 +25,9 @@ pub mod feature {
     pub const READ_ONLY: u32 = 5;
 }
 
+/// Shared memory region that is the window (spec "Virtqueues").
+pub const SHM_WINDOW: u8 = 1;
+
 /// Virtqueue numbers (spec "Virtqueues").
 pub mod vq {
     #![allow(missing_docs)]

@@ -123,7 +123,8 @@ fn peer_info(hdr: wire::Resp, view: &PeerView) -> wire::RespPeerInfo {
         hdr,
         nr_peers: view.nr_peers.into(),
         peer_id: view.peer.0.into(),
-        flags: (u32::from(view.online) * peer::F_ONLINE).into(),
+        flags: (u32::from(view.online) * peer::F_ONLINE + u32::from(view.window) * peer::F_WINDOW)
+            .into(),
         epoch: view.epoch.into(),
         name,
     }

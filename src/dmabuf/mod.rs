@@ -16,6 +16,7 @@ use std::sync::Arc;
 
 use log::{info, warn};
 
+use crate::ids::FileId;
 use crate::ioctl;
 use crate::memory::{self, FileSegment};
 use crate::protocol::{Mode, Status};
@@ -62,7 +63,12 @@ impl Backing {
         Backing { fd, pages: Box::default(), private, mapped: None }
     }
 
-    /// What a successor needs; a mapping has none.
+    /// Which file [`heirloom`](Self::heirloom) is.
+    pub fn file_id(&self) -> Option<FileId> {
+        file_id(self.heirloom()?).ok()
+    }
+
+    /// What a successor needs, and a VMM that shows it; an importer's own pages have none.
     pub fn heirloom(&self) -> Option<BorrowedFd<'_>> {
         let private = self.private.as_ref().map(|file| file.as_fd());
         self.fd.as_ref().map(AsFd::as_fd).or(private)
@@ -94,6 +100,12 @@ impl Backing {
         let private = self.private.clone();
         Ok(private.map_or(pages, |file| vec![FileSegment { file, offset, len }]))
     }
+}
+
+/// Which of all files it is.
+pub fn file_id(fd: impl AsFd) -> io::Result<FileId> {
+    let stat = rustix::fs::fstat(fd)?;
+    Ok(FileId { dev: stat.st_dev, ino: stat.st_ino })
 }
 
 /// Makes backings.
@@ -204,27 +216,33 @@ impl DmaBufs {
         if wish.must_share || self.require_zero_copy {
             return Err(Status::Fault);
         }
+        let (private, fd) = self.private(size, name)?;
+        Ok((Backing { fd, pages, private: Some(private), mapped: None }, Mode::Copy))
+    }
+
+    /// Memory of its own for one mapping in a window: what consumers see is all that there is.
+    ///
+    /// NOMEM and IO where the host fails.
+    pub fn make_private(&self, size: u64) -> Result<Backing, Status> {
+        let (file, fd) = self.private(size, "window")?;
+        let pages = Box::new([FileSegment { file: file.clone(), offset: 0, len: size }]);
+        Ok(Backing { fd, pages, private: Some(file), mapped: None })
+    }
+
+    /// A private copy, and a dma-buf of it where there can be one.
+    fn private(&self, size: u64, name: &str) -> Result<(Arc<File>, Option<OwnedFd>), Status> {
         let private = copy::private(size).map_err(|error| refused(&error))?;
         let fd = self.device.as_ref().and_then(|device| device.wrap(private.as_fd(), size).ok());
         if let Some(fd) = &fd {
             label(fd.as_fd(), name);
         }
-        let private = Some(Arc::new(File::from(private)));
-        Ok((Backing { fd, pages, private, mapped: None }, Mode::Copy))
+        Ok((Arc::new(File::from(private)), fd))
     }
 
-    /// Whether anybody but us holds the dma-buf. False for a memfd, where that cannot be seen.
-    pub fn held_elsewhere(&self, backing: &Backing) -> io::Result<bool> {
-        Ok(self.references(backing)?.is_some_and(|references| references > 0))
-    }
-
-    /// `st_dev` and `st_ino` of what consumers get.
-    pub fn place(&self, backing: &Backing) -> io::Result<(u64, u64)> {
-        let none = || io::Error::other("a mapping is for nobody else");
-        let private = backing.private.as_ref().map(|file| file.as_fd());
-        let fd = backing.fd.as_ref().map(AsFd::as_fd).or(private).ok_or_else(none)?;
-        let stat = rustix::fs::fstat(fd)?;
-        Ok((stat.st_dev, stat.st_ino))
+    /// Whether anybody but us holds the dma-buf; `ours` are such references that we have besides the
+    /// backing. False for a memfd, where that cannot be seen.
+    pub fn held_elsewhere(&self, backing: &Backing, ours: u64) -> io::Result<bool> {
+        Ok(self.references(backing)?.is_some_and(|references| references > ours))
     }
 
     /// References to the dma-buf that are not ours: descriptors elsewhere or in flight, mappings,

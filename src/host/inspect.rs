@@ -65,8 +65,8 @@ pub fn holders(
     let now = hub.now();
     let found = hub.read(|registry| registry.holders(uuid, page, all, now)).ok_or(Status::NoEnt)?;
     let memory = found.backing.as_deref();
-    let place = memory.and_then(|memory| hub.dmabufs.place(memory).ok());
-    let references = memory.and_then(|memory| hub.dmabufs.references(memory).ok().flatten());
+    let place = memory.and_then(|memory| memory.file_id()).map(|file| (file.dev, file.ino));
+    let references = memory.and_then(|memory| hub.references(memory));
     let (device, inode) = place.unwrap_or_default();
     let fixed = wire::RespHolders {
         hdr,

@@ -83,7 +83,8 @@ impl<H: Clone> Registry<H> {
         let full = vm.waits >= vm.quota.max_waits.min(ring_room);
         let origin = Origin::Vm(session.peer, token);
         let buffer = self.buffers.get(&key).ok_or(Status::NoEnt)?;
-        if holder != Holder::Exporter && request.bits.read && !buffer.has_content() {
+        let reads = holder != Holder::Exporter && request.bits.read;
+        if reads && !buffer.has_content_for(holder) {
             return Err(Status::Revoked);
         }
         self.begin(key, holder, allowed, request, full, origin, now)

@@ -7,9 +7,11 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::sync::SyncState;
+use super::sync::{Holder, SyncState};
 use super::{EventKind, Exported};
-use crate::ids::{Access, AttachmentId, BufferKey, ClientId, HandleId, LeaseId, PeerId, SessionId};
+use crate::ids::{
+    Access, AttachmentId, BufferKey, ClientId, HandleId, LeaseId, PeerId, PlaceId, SessionId,
+};
 use crate::protocol::{Mode, NAME_LEN};
 
 /// What a buffer is for, as its exporter said.
@@ -59,6 +61,8 @@ pub(super) struct Use {
     pub(super) id: AttachmentId,
     pub(super) importer: PeerId,
     pub(super) handle: HandleId,
+    /// It can map the exporter's own pages.
+    pub(super) shares: bool,
 }
 
 /// Where in its life a buffer is.
@@ -112,6 +116,9 @@ pub struct Buffer<H> {
     pub(super) leases: Vec<Lease>,
     /// The last of all its leases so far.
     pub(super) last_lease: Option<LeaseId>,
+    /// Places of windows that show its own pages, or may, and the last of all so far.
+    pub(super) shown: u32,
+    pub(super) last_place: Option<PlaceId>,
     pub(super) phase: Phase,
     pub(super) generation: u64,
     pub(super) foreign: Foreign,
@@ -152,6 +159,8 @@ impl<H> Buffer<H> {
             attachments: Vec::new(),
             leases: Vec::new(),
             last_lease: None,
+            shown: 0,
+            last_place: None,
             phase: Phase::Live,
             generation: 0,
             foreign: Foreign::None,
@@ -164,14 +173,16 @@ impl<H> Buffer<H> {
         }
     }
 
-    /// Attachments, leases, and 1 if somebody unknown on the host holds it or parts of it live.
+    /// Attachments, leases, and 1 if somebody unknown on the host holds it, a window still shows it to
+    /// who attached it no longer, or parts of it live.
     pub(super) fn use_count(&self) -> u32 {
         let foreign = match self.foreign {
             Foreign::None => false,
             Foreign::Possible => self.leases.is_empty(),
             Foreign::Held { .. } => true,
         };
-        let unexplained = foreign || self.parts > 0;
+        let stale = self.shown > 0 && !self.attachments.iter().any(|held| held.shares);
+        let unexplained = foreign || stale || self.parts > 0;
         let known = self.leases.len() + self.attachments.len();
         u32::try_from(known).unwrap_or(u32::MAX).saturating_add(unexplained.into())
     }
@@ -179,13 +190,15 @@ impl<H> Buffer<H> {
     /// Whether the exporter's own pages are in use: who has only a copy of them does not count.
     pub(super) fn pages_in_use(&self) -> bool {
         let shared = !self.leases.is_empty() || self.may_be_foreign();
-        self.copies > 0 || self.parts > 0 || (self.mode == Mode::ZeroCopy && shared)
+        let seen = self.shown > 0 || self.attachments.iter().any(|held| held.shares);
+        self.copies > 0 || self.parts > 0 || seen || (self.mode == Mode::ZeroCopy && shared)
     }
 
     /// Whether the memory behind it must stay.
     pub(super) fn memory_in_use(&self) -> bool {
         let attached = self.mode == Mode::Copy && !self.attachments.is_empty();
-        attached || !self.leases.is_empty() || self.copies > 0 || self.may_be_foreign()
+        let seen = self.shown > 0 || self.attachments.iter().any(|held| held.shares);
+        attached || seen || !self.leases.is_empty() || self.copies > 0 || self.may_be_foreign()
     }
 
     /// Whether a foreign descriptor may exist, looked at or not.
@@ -193,9 +206,10 @@ impl<H> Buffer<H> {
         self.foreign != Foreign::None
     }
 
-    /// Whether a look tells something: while a lease lives new descriptors can arise at any time.
+    /// Whether a look tells something: while a lease or mapping lives new descriptors can arise at any
+    /// time.
     pub(super) fn may_be_looked_at(&self) -> bool {
-        self.leases.is_empty() && self.may_be_foreign()
+        self.leases.is_empty() && self.shown == 0 && self.may_be_foreign()
     }
 
     /// What `peer` was granted; a grant for the peer itself goes before one for all.
@@ -211,9 +225,16 @@ impl<H> Buffer<H> {
         self.grants.retain(|(to, grant)| *to != used || !grant.once);
     }
 
-    /// Whether there is something for an attachment to copy from.
-    pub(super) fn has_content(&self) -> bool {
-        self.phase == Phase::Live || (self.mode == Mode::Copy && self.backing.is_some())
+    /// Whether there is something for an attachment to copy from, or to see.
+    pub(super) fn has_content_for(&self, holder: Holder) -> bool {
+        let stays = self.mode == Mode::Copy || self.shares(holder);
+        self.phase == Phase::Live || (stays && self.backing.is_some())
+    }
+
+    /// Whether it can see the exporter's own pages in a window.
+    pub(super) fn shares(&self, holder: Holder) -> bool {
+        let is = |held: &Use| holder == Holder::Attachment(held.id);
+        self.attachments.iter().any(|held| held.shares && is(held))
     }
 
     /// Whether a VM has a living attachment.
@@ -234,7 +255,7 @@ impl<H> Buffer<H> {
         let waits = self.sync.iter().filter_map(|sync| sync.next_due());
         let grants = self.grants.iter().filter_map(|(_, grant)| grant.expires);
         let look = match self.foreign {
-            Foreign::Held { next, .. } if self.leases.is_empty() => Some(next),
+            Foreign::Held { next, .. } if self.may_be_looked_at() => Some(next),
             _ => None,
         };
         waits.chain(grants).chain(look).min()

@@ -280,9 +280,7 @@ impl<H: Clone> Registry<H> {
         }
         self.refresh_offers(key);
         self.settle(key);
-        if let Some(pool) = pool {
-            self.settle(pool);
-        }
+        pool.into_iter().for_each(|pool| self.settle(pool));
         Ok(answer)
     }
 

@@ -139,6 +139,8 @@ impl Left {
             grants: Vec::new(),
             attachments: Vec::new(),
             last_lease: self.leases.iter().map(|lease| lease.id).max(),
+            shown: 0,
+            last_place: None,
             leases: self.leases,
             phase,
             generation: self.generation,

@@ -1,4 +1,4 @@
-//! What an importer asks of the registry: ATTACH, DETACH, MAP onto its own pages, UNMAP
+//! What an importer asks of the registry: ATTACH, DETACH, MAP onto its own pages
 //! (spec "ATTACH and DETACH", "MAP and UNMAP"). Pure.
 //!
 //! It does not know how pages are found: between `begin_map` and `finish_map` somebody else does.
@@ -10,7 +10,9 @@ use uuid::Uuid;
 
 use super::buffer::Use;
 use super::{Audit, HandleState, Holder, Phase, Registry, Topic};
-use crate::ids::{Access, AttachmentId, BufferKey, HandleId, MappingId, PeerId, SessionId};
+use crate::ids::{
+    Access, AttachmentId, BufferKey, HandleId, MappingId, PeerId, PlaceId, SessionId,
+};
 use crate::limits::{
     GRANULE, MAX_ATTACHMENTS, MAX_COPY_MAPPINGS, MAX_MAPPED, MAX_MISSES_PER_SECOND,
 };
@@ -28,6 +30,8 @@ pub struct Attachment<H> {
     pub(super) access: Access,
     /// Since the daemon's start.
     pub(super) since: Duration,
+    /// ZERO_COPY: in the window it sees the exporter's own pages.
+    pub(super) mode: Mode,
     /// Dead: only QUERY, UNMAP and DETACH work.
     pub(super) revoked: bool,
     pub(super) told_revoked: bool,
@@ -36,7 +40,7 @@ pub struct Attachment<H> {
     pub(super) mappings: Vec<Mapping<H>>,
 }
 
-/// A range of a buffer on the importer's own pages.
+/// A range of a buffer on the importer's own pages, or in its window.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mapping<H> {
     pub(super) id: MappingId,
@@ -45,8 +49,10 @@ pub struct Mapping<H> {
     /// Bytes.
     pub(super) len: u64,
     pub(super) access: Access,
-    /// The importer's pages.
-    pub(super) target: H,
+    /// What SYNC copies to: the importer's pages, or a copy in the window.
+    pub(super) target: Option<H>,
+    /// Where in the window.
+    pub(super) place: Option<PlaceId>,
 }
 
 /// ATTACH.
@@ -58,6 +64,8 @@ pub struct AttachRequest {
     pub access: Access,
     /// ACCESS rather than a copy.
     pub zero_copy: bool,
+    /// The driver can map into the window.
+    pub window: bool,
 }
 
 /// Answer to ATTACH.
@@ -132,6 +140,7 @@ impl<H: Clone> Registry<H> {
             }
         };
         let before = self.host_access(key);
+        let mode = self.attach_mode(key, session, &request);
         self.last_attachment += 1;
         let id = AttachmentId(self.last_attachment);
         let vm = self.vms.get_mut(&importer).ok_or(Status::Revoked)?;
@@ -145,13 +154,15 @@ impl<H: Clone> Registry<H> {
             size: buffer.what.size,
             access: request.access,
             since: now,
+            mode,
             revoked: false,
             told_revoked: false,
             told_generation: buffer.generation,
             mappings: Vec::new(),
         };
         vm.attachments.insert(handle, attachment);
-        buffer.attachments.push(Use { id, importer, handle });
+        let shares = mode == Mode::ZeroCopy;
+        buffer.attachments.push(Use { id, importer, handle, shares });
         buffer.use_up_grant(importer);
         let exporter = buffer.owner;
         let answer = Attached {
@@ -160,7 +171,7 @@ impl<H: Clone> Registry<H> {
             generation: buffer.generation,
             access: request.access,
             exporter,
-            mode: Mode::Copy,
+            mode,
             name: buffer.what.name,
             metadata_type: buffer.what.metadata_type,
             metadata: buffer.what.metadata.clone(),
@@ -192,7 +203,8 @@ impl<H: Clone> Registry<H> {
             self.vm_mut(session)?.misses += 1;
             return Err(Status::NoEnt);
         };
-        if !granted.contains(request.access) || request.zero_copy {
+        let copies = self.attach_mode(key, session, &request) == Mode::Copy;
+        if !granted.contains(request.access) || (request.zero_copy && copies) {
             return Err(Status::Access);
         }
         if self.vm(session)?.attachments.len() >= MAX_ATTACHMENTS as usize {
@@ -201,10 +213,20 @@ impl<H: Clone> Registry<H> {
         Ok(key)
     }
 
+    /// Who may write sees the exporter's own pages, if its VMM can show them. A VMM does not make sure
+    /// that its guest only reads what it maps, so who may only read gets a copy.
+    fn attach_mode(&self, key: BufferKey, session: SessionId, request: &AttachRequest) -> Mode {
+        let window = self.vm(session).is_ok_and(|vm| vm.window.is_some()) && request.window;
+        let shared = self.buffers.get(&key).is_some_and(|buffer| buffer.mode == Mode::ZeroCopy);
+        if window && shared && request.access == Access::ALL { Mode::ZeroCopy } else { Mode::Copy }
+    }
+
     /// DETACH. BUSY while a living attachment has mappings; a dead one loses them by it.
     pub fn detach(&mut self, session: SessionId, handle: HandleId) -> Result<(), Status> {
         let attachment = self.vm(session)?.attachments.get(&handle).ok_or(Status::NoEnt)?;
-        if !attachment.revoked && !attachment.mappings.is_empty() {
+        let mapped =
+            !attachment.mappings.is_empty() || self.is_being_mapped(session.peer, attachment.id);
+        if !attachment.revoked && mapped {
             return Err(Status::Busy);
         }
         self.drop_attachment(session.peer, handle);
@@ -218,9 +240,10 @@ impl<H: Clone> Registry<H> {
         vm.events.remove(Topic::Attachment(handle));
         for mapping in gone.mappings {
             vm.mappings.remove(&mapping.id);
-            vm.mapped = vm.mapped.saturating_sub(1);
-            self.outbox.drop.push(mapping.target);
+            vm.mapped = vm.mapped.saturating_sub(mapping.place.is_none().into());
+            self.outbox.drop.extend(mapping.target);
         }
+        self.hide(importer, gone.id);
         if gone.revoked {
             return;
         }
@@ -249,7 +272,8 @@ impl<H: Clone> Registry<H> {
         let leaves = |holder| matches!(holder, Holder::Attachment(id) if dead.contains(&id));
         self.end_waits(key, |waiter| leaves(waiter.holder).then_some(Status::Revoked));
         self.clear_bits(key, leaves);
-        for Use { importer, handle, .. } in gone {
+        for Use { id, importer, handle, .. } in gone {
+            self.hide(importer, id);
             self.outbox.audit.push(Audit::Revoked { importer, exporter, uuid });
             let vm = self.vms.get_mut(&importer);
             if let Some(held) = vm.and_then(|vm| vm.attachments.get_mut(&handle)) {
@@ -324,8 +348,7 @@ impl<H: Clone> Registry<H> {
             return Err(Status::Range);
         }
         let vm = self.vm_mut(session)?;
-        let held = vm.attachments.values().flat_map(|held| &held.mappings);
-        let bytes = held.fold(request.len, |sum, mapping| sum.saturating_add(mapping.len));
+        let bytes = vm.bytes_mapped().saturating_add(request.len);
         if vm.mapped >= MAX_COPY_MAPPINGS || bytes > vm.quota.max_total_size.max(MAX_MAPPED) {
             return Err(Status::Quota);
         }
@@ -362,22 +385,9 @@ impl<H: Clone> Registry<H> {
         vm.mappings.insert(id, request.handle);
         if let Some(held) = vm.attachments.get_mut(&request.handle) {
             let MapRequest { offset, len, access, .. } = request;
-            held.mappings.push(Mapping { id, offset, len, access, target });
+            let target = Some(target);
+            held.mappings.push(Mapping { id, offset, len, access, target, place: None });
         }
         Ok(id)
-    }
-
-    /// UNMAP.
-    pub fn unmap(&mut self, session: SessionId, mapping: MappingId) -> Result<(), Status> {
-        let vm = self.vm_mut(session)?;
-        let handle = vm.mappings.remove(&mapping).ok_or(Status::NoEnt)?;
-        vm.mapped = vm.mapped.saturating_sub(1);
-        if let Some(held) = vm.attachments.get_mut(&handle)
-            && let Some(at) = held.mappings.iter().position(|other| other.id == mapping)
-        {
-            let gone = held.mappings.swap_remove(at);
-            self.outbox.drop.push(gone.target);
-        }
-        Ok(())
     }
 }

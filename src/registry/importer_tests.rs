@@ -1,6 +1,7 @@
 //! The registry's promises to importers and about them.
 
 use super::*;
+use crate::ids::MappingId;
 use crate::limits::{
     LOOKED_AT, MAX_ATTACHMENTS, MAX_COPY_MAPPINGS, MAX_MAPPED, MAX_MISSES_PER_SECOND,
 };
@@ -23,7 +24,7 @@ impl World {
     }
 
     fn try_attach(&mut self, uuid: Uuid, access: Access) -> Result<HandleId, Status> {
-        let request = AttachRequest { uuid, access, zero_copy: false };
+        let request = AttachRequest { uuid, access, zero_copy: false, window: false };
         Ok(self.registry.attach(self.ui, request, self.now)?.handle)
     }
 
@@ -80,8 +81,8 @@ fn an_attachment_is_a_use() {
     assert_eq!(w.registry.detach(w.ui, handle), Err(Status::Busy));
     let mapping = MappingId(1);
     assert_eq!(w.state_of(handle), State::Mapped);
-    assert_eq!(w.registry.unmap(w.app, mapping), Err(Status::NoEnt), "not the other VM's");
-    w.registry.unmap(w.ui, mapping).unwrap();
+    assert_eq!(w.registry.unmap(w.app, mapping, 0), Err(Status::NoEnt), "not the other VM's");
+    w.registry.unmap(w.ui, mapping, 0).unwrap();
     assert_eq!(w.state_of(handle), State::Attached);
     w.registry.detach(w.ui, handle).unwrap();
     assert_eq!(w.heard(w.app), [(EventKind::Idle, Some(export.handle))]);
@@ -112,7 +113,7 @@ fn a_private_copy_outlives_the_loan_but_takes_nothing_back() {
     w.registry.finish_copy(ticket, true);
     let end = w.registry.end_handle(w.ui, handle, begin(WRITE));
     assert_eq!(end.unwrap_err(), Status::Revoked);
-    w.registry.unmap(w.ui, MappingId(1)).unwrap();
+    w.registry.unmap(w.ui, MappingId(1), 0).unwrap();
     w.registry.detach(w.ui, handle).unwrap();
     assert_eq!((w.held(), w.registry.bytes_charged()), (0, 0));
 }

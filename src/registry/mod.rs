@@ -30,6 +30,8 @@ mod sync;
 mod tests;
 mod topics;
 mod transfer;
+mod vm;
+mod windows;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Duration;
@@ -43,13 +45,15 @@ pub use exporter::{Exported, GrantRequest, HandleState, Part, Ticket};
 pub use handover::Left;
 pub use host::{Acquired, BufferInfo, LeaseInfo};
 pub use importer::{AttachRequest, Attached, Attachment, MapRequest, MapTicket, Mapping};
-pub use outbox::{Audit, Done, FenceWait, Fences, Notice, Outbox};
+pub use outbox::{Audit, Done, FenceWait, Fences, Notice, Outbox, Settled};
 pub use report::{HolderInfo, Holders, Report, Who};
 pub use session::{Event, EventKind, PeerView, Wants};
 pub use sync::{Holder, Origin, Waiter};
 pub use transfer::{Copy, CopyTicket, Move, Place, View};
+use vm::Vm;
+pub use windows::{Answer, Shown, WindowRequest, WindowTicket};
 
-use crate::ids::{BufferKey, ClientId, HandleId, LeaseId, MappingId, PeerId, SessionId};
+use crate::ids::{BufferKey, ClientId, HandleId, LeaseId, PeerId, PlaceId, SessionId};
 use crate::limits::Quota;
 use crate::policy::Policy;
 use crate::protocol::Status;
@@ -60,6 +64,7 @@ use crate::protocol::Status;
 pub struct Look {
     key: BufferKey,
     last_lease: Option<LeaseId>,
+    last_place: Option<PlaceId>,
 }
 
 /// What an event is about.
@@ -71,53 +76,6 @@ enum Topic {
     Offer(BufferKey),
     /// The VM's attachment.
     Attachment(HandleId),
-}
-
-/// A configured VM.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Vm<H> {
-    name: String,
-    quota: Quota,
-    epoch: u32,
-    session: Option<SessionId>,
-    next_handle: u64,
-    /// Its exports.
-    handles: HashMap<HandleId, BufferKey>,
-    /// Its buffers, those of ended sessions included.
-    buffers: BTreeSet<BufferKey>,
-    attachments: HashMap<HandleId, Attachment<H>>,
-    next_mapping: u64,
-    mappings: HashMap<MappingId, HandleId>,
-    /// Mappings, those that are being made included.
-    mapped: u32,
-    /// ATTACHes that named nothing the VM has a right to, and since when they are counted.
-    misses: u32,
-    misses_since: Duration,
-    /// Its driver wants to hear what importers hear.
-    import: bool,
-    /// What it may attach, or was told that it may.
-    offers: BTreeMap<BufferKey, offer::Offer>,
-    /// Behind which buffer to look on for what the VM may attach; `None`: all were looked at.
-    looked: Option<BufferKey>,
-    /// Charged to the quota.
-    exports: u32,
-    bytes: u64,
-    lingering: u32,
-    waits: u32,
-    /// What has an event.
-    events: topics::Topics,
-    resync: bool,
-    peers_changed: BTreeSet<PeerId>,
-    /// How often one of these two was set: what is set while it is being told is told again.
-    news: u64,
-}
-
-impl<H> Vm<H> {
-    fn new_handle(&mut self) -> HandleId {
-        let handle = HandleId(self.next_handle);
-        self.next_handle += 1;
-        handle
-    }
 }
 
 /// The registry of one daemon.
@@ -141,6 +99,7 @@ pub struct Registry<H> {
     last_attachment: u64,
     /// The daemon has left: no session begins any more.
     left: bool,
+    last_place: u64,
     outbox: Outbox<H>,
 }
 
@@ -152,35 +111,7 @@ impl<H: Clone> Registry<H> {
     ) -> Self {
         let vms = vms
             .into_iter()
-            .map(|(peer, name, quota, epoch)| {
-                let vm = Vm {
-                    name,
-                    quota,
-                    epoch,
-                    session: None,
-                    next_handle: 1,
-                    handles: HashMap::new(),
-                    buffers: BTreeSet::new(),
-                    attachments: HashMap::new(),
-                    next_mapping: 1,
-                    mappings: HashMap::new(),
-                    mapped: 0,
-                    misses: 0,
-                    misses_since: Duration::ZERO,
-                    import: false,
-                    offers: BTreeMap::new(),
-                    looked: None,
-                    exports: 0,
-                    bytes: 0,
-                    lingering: 0,
-                    waits: 0,
-                    events: topics::Topics::default(),
-                    resync: false,
-                    peers_changed: BTreeSet::new(),
-                    news: 0,
-                };
-                (peer, vm)
-            })
+            .map(|(peer, name, quota, epoch)| (peer, Vm::new(name, quota, epoch)))
             .collect();
         Registry {
             policy,
@@ -197,6 +128,7 @@ impl<H: Clone> Registry<H> {
             last_session: 0,
             last_attachment: 0,
             left: false,
+            last_place: 0,
             outbox: Outbox::default(),
         }
     }
@@ -254,17 +186,19 @@ impl<H: Clone> Registry<H> {
     /// Count its references with the lock released, then say [`observed`](Self::observed).
     pub fn look(&self, key: BufferKey) -> Option<(Look, H)> {
         let buffer = self.buffers.get(&key).filter(|buffer| buffer.may_be_looked_at())?;
-        Some((Look { key, last_lease: buffer.last_lease }, buffer.backing.clone()?))
+        let (last_lease, last_place) = (buffer.last_lease, buffer.last_place);
+        Some((Look { key, last_lease, last_place }, buffer.backing.clone()?))
     }
 
     /// Tells what a look found.
     ///
-    /// It counts only where no lease lived since the look began: through a lease new references can
-    /// arise at any time. The end of that lease asks for another look.
+    /// It counts only where neither a lease nor a mapping lived since the look began: through these new
+    /// references can arise at any time. Their end asks for another look.
     pub fn observed(&mut self, look: Look, held: bool, now: Duration) {
-        let Look { key, last_lease } = look;
+        let Look { key, last_lease, last_place } = look;
         let Some(buffer) = self.buffers.get_mut(&key) else { return };
-        if !buffer.may_be_looked_at() || buffer.last_lease != last_lease {
+        let same = (buffer.last_lease, buffer.last_place) == (last_lease, last_place);
+        if !buffer.may_be_looked_at() || !same {
             return;
         }
         buffer.foreign = match (held, buffer.foreign) {

@@ -940,8 +940,8 @@ impl World {
                 let (at, id) = all[pick.checked_rem(all.len())?];
                 let held = &mut self.attachments[at];
                 held.mappings.remove(&id);
-                assert_eq!(self.registry.unmap(held.session, id), Ok(()));
-                assert_eq!(self.registry.unmap(held.session, id), Err(Status::NoEnt));
+                assert_eq!(self.registry.unmap(held.session, id, 0), Ok(true));
+                assert_eq!(self.registry.unmap(held.session, id, 0), Err(Status::NoEnt));
                 None
             }
             Op::BeginAttached { pick, sync } => {
@@ -1428,7 +1428,7 @@ impl World {
             Ok(())
         };
         self.misses.0 += u32::from(vm == IMPORTER && expected == Err(Status::NoEnt));
-        let request = AttachRequest { uuid: export.uuid, access, zero_copy };
+        let request = AttachRequest { uuid: export.uuid, access, zero_copy, window: false };
         let result = self.registry.attach(session, request, self.now).map(|attached| {
             assert_eq!((attached.size, attached.generation), (export.size, export.generation));
             assert_eq!((attached.access, attached.exporter), (access, export.session.peer));
@@ -2008,6 +2008,7 @@ fn same(one: &Registry<Rc<()>>, other: &Registry<Rc<()>>) -> bool {
         last_session,
         last_attachment,
         left: _,
+        last_place,
         outbox,
     } = one;
     let quiet = |vms: &BTreeMap<PeerId, Vm<Rc<()>>>| {
@@ -2018,6 +2019,7 @@ fn same(one: &Registry<Rc<()>>, other: &Registry<Rc<()>>) -> bool {
     let outcome = |outbox: &Outbox<Rc<()>>| Outbox { audit: Vec::new(), ..outbox.clone() };
     quiet(vms) == quiet(&other.vms)
         && last_attachment == &other.last_attachment
+        && last_place == &other.last_place
         && buffers == &other.buffers
         && by_uuid == &other.by_uuid
         && granted == &other.granted

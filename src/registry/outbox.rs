@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 use uuid::Uuid;
 
 use super::Origin;
-use crate::ids::{Access, BufferKey, ClientId, LeaseId, PeerId};
+use crate::ids::{Access, BufferKey, ClientId, LeaseId, MappingId, PeerId};
 use crate::protocol::Status;
 
 /// What the rest of the daemon has to do after an operation, with the lock released.
@@ -31,6 +31,10 @@ pub struct Outbox<H> {
     pub clock: bool,
     /// Decisions about rights.
     pub audit: Vec<Audit>,
+    /// MAPs and UNMAPs that ended.
+    pub settled: Vec<Settled>,
+    /// VMs whose VMM may have something to be asked.
+    pub vmm: BTreeSet<PeerId>,
 }
 
 impl<H> Default for Outbox<H> {
@@ -45,6 +49,8 @@ impl<H> Default for Outbox<H> {
             fences: Vec::new(),
             clock: false,
             audit: Vec::new(),
+            settled: Vec::new(),
+            vmm: BTreeSet::new(),
         }
     }
 }
@@ -69,6 +75,19 @@ pub struct FenceWait {
     pub(super) key: BufferKey,
     /// Whose it is; nobody has two of them under the same number.
     pub origin: Origin,
+}
+
+/// A MAP or UNMAP that waited for the VMM, and ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Settled {
+    /// Whose.
+    pub peer: PeerId,
+    /// The device's number for the chain.
+    pub token: u64,
+    /// How it ended.
+    pub status: Status,
+    /// Of a MAP that is done.
+    pub mapping: Option<MappingId>,
 }
 
 /// A wait that ended.

@@ -68,6 +68,7 @@ pub struct PeerView {
     pub peer: PeerId,
     pub name: String,
     pub online: bool,
+    pub window: bool,
     pub epoch: u32,
 }
 
@@ -81,6 +82,9 @@ impl<H: Clone> Registry<H> {
         }
         if let Some(earlier) = self.vms.get(&peer)?.session {
             self.close_session(earlier);
+        }
+        if connected {
+            self.close_window(peer);
         }
         let vm = self.vms.get_mut(&peer)?;
         self.last_session += 1;
@@ -332,6 +336,7 @@ impl<H: Clone> Registry<H> {
             peer: other,
             name: vm.map_or_else(|| "host".to_owned(), |vm| vm.name.clone()),
             online: vm.is_none_or(|vm| vm.session.is_some()),
+            window: vm.is_some_and(|vm| vm.window.is_some()),
             epoch: vm.map_or(0, |vm| vm.epoch),
         })
     }

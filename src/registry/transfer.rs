@@ -79,7 +79,7 @@ impl<H: Clone> Registry<H> {
         }
         let buffer = self.buffers.get(&key).ok_or(Status::Revoked)?;
         let len = check(buffer, allowed, request)?;
-        let content = buffer.backing.clone().filter(|_| buffer.has_content());
+        let content = buffer.backing.clone().filter(|_| buffer.has_content_for(holder));
         let Some(content) = content else {
             self.clear(key, |who| who == holder, request.bits);
             return Err(Status::Revoked);
@@ -112,7 +112,7 @@ impl<H: Clone> Registry<H> {
             let from = offset.max(mapping.offset);
             let end = (offset + len).min(mapping.offset + mapping.len);
             let len = end.checked_sub(from).filter(|len| *len > 0)?;
-            let target = mapping.target.clone();
+            let target = mapping.target.clone()?;
             let to = Place { memory: target, view: View::Pages, offset: from - mapping.offset };
             Some(Move { from: Place { memory, view, offset: from }, to, len })
         };
@@ -131,8 +131,9 @@ impl<H: Clone> Registry<H> {
             return self.end(key, holder, allowed, request, None);
         }
         let buffer = self.buffers.get(&key).ok_or(Status::NoEnt)?;
-        // The loan ends with the last copy in progress, so no further one may begin.
-        let live = buffer.phase == Phase::Live;
+        // The loan ends with the last copy in progress, so no further one may begin, but for who
+        // sees the pages anyway.
+        let live = buffer.phase == Phase::Live || buffer.shares(holder);
         let backing = buffer.backing.clone().filter(|_| live).ok_or(Status::Revoked)?;
         let len = check(buffer, allowed, &request)?;
         let mode = buffer.mode;

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use bufshare::protocol::{Config, Event, Opcode, vq};
+use bufshare::protocol::{Config, Event, Opcode, SHM_WINDOW, feature, vq};
 use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserProtocolFeatures};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VringConfigData};
@@ -20,6 +20,7 @@ use super::daemon::Daemon;
 use super::memory::{FREE, Memory, PAGE, Region};
 use super::requests::{Reply, parse};
 use super::ring::{Answer, Ring};
+use super::vmm::{Behaviour, Vmm};
 
 /// VIRTIO_RING_F_INDIRECT_DESC.
 pub const F_INDIRECT: u64 = 1 << 28;
@@ -57,6 +58,8 @@ pub struct Setup {
     pub queue_size: u16,
     /// Event buffers in the queue from the start.
     pub event_buffers: u16,
+    /// How its VMM answers on the back channel; `None`: it has none, and no window.
+    pub vmm: Option<Behaviour>,
 }
 
 impl Default for Setup {
@@ -67,6 +70,7 @@ impl Default for Setup {
             decline_protocol: VhostUserProtocolFeatures::empty(),
             queue_size: 256,
             event_buffers: 16,
+            vmm: None,
         }
     }
 }
@@ -81,14 +85,15 @@ impl Setup {
     pub fn connect_to(self, socket: &Path) -> Guest {
         let memory = Arc::new(Memory::new(&self.regions));
         let rings = std::array::from_fn(|i| Ring::new(memory.clone(), i, self.queue_size));
-        let (frontend, backend_channel, offered) = handshake(socket, self.decline_protocol);
+        let (frontend, channel, offered) = handshake(socket, &self);
+        let vmm = start_vmm(&self, &memory, channel, &frontend);
         let mut guest = Guest {
             config: read_config(&frontend),
             socket: socket.to_owned(),
-            features: offered & !self.decline,
+            features: offered & !self.declined(),
             offered,
             frontend: Some(frontend),
-            backend_channel,
+            vmm,
             memory,
             rings,
             bases: [0; vq::COUNT],
@@ -100,6 +105,13 @@ impl Setup {
         guest.start();
         guest.stock_events(guest.setup.event_buffers);
         guest
+    }
+}
+
+impl Setup {
+    /// Without a window the driver must not accept what needs one.
+    fn declined(&self) -> u64 {
+        self.decline | u64::from(self.vmm.is_none()) << feature::WINDOW
     }
 }
 
@@ -115,8 +127,8 @@ pub struct Guest {
     pub memory: Arc<Memory>,
     /// Control, event and sync queue.
     pub rings: [Ring; vq::COUNT],
-    /// The VMM's end of the back-end request channel.
-    pub backend_channel: Option<UnixStream>,
+    /// Its window.
+    pub vmm: Option<Vmm>,
     /// The vhost-user connection.
     pub frontend: Option<Frontend>,
     bases: [u16; vq::COUNT],
@@ -238,7 +250,8 @@ impl Guest {
 
     /// Sends the memory table again, as a VMM does after hot-plug.
     pub fn send_memory_table(&self) {
-        self.frontend().set_mem_table(&self.memory.table()).expect("SET_MEM_TABLE");
+        let table = self.vmm.as_ref().map_or_else(|| self.memory.table(), Vmm::table);
+        self.frontend().set_mem_table(&table).expect("SET_MEM_TABLE");
     }
 
     /// Sends features, memory table and rings from where they stand, and enables them.
@@ -264,9 +277,22 @@ impl Guest {
             frontend.set_vring_call(i, &ring.call).expect("SET_VRING_CALL");
             frontend.set_vring_kick(i, &ring.kick).expect("SET_VRING_KICK");
         }
+        self.tell_vmm(true);
         for i in 0..vq::COUNT {
             frontend.set_vring_enable(i, true).expect("SET_VRING_ENABLE");
         }
+    }
+
+    fn tell_vmm(&self, running: bool) {
+        if let Some(vmm) = &self.vmm {
+            vmm.running(running);
+        }
+    }
+
+    /// What its VMM shows.
+    #[track_caller]
+    pub fn window(&self) -> &Vmm {
+        self.vmm.as_ref().expect("a guest with a window")
     }
 
     /// The VM is paused: rings stop, memory and guest stay as they are.
@@ -281,6 +307,7 @@ impl Guest {
                 self.bases[i] = u16::try_from(base).expect("16 bits");
             }
         }
+        self.tell_vmm(false);
         self.stopped = Some(how);
     }
 
@@ -289,6 +316,7 @@ impl Guest {
         match self.stopped.take().expect("paused") {
             Stop::WithBase => self.start(),
             Stop::DisableOnly => {
+                self.tell_vmm(true);
                 let mut frontend = self.frontend();
                 for i in 0..vq::COUNT {
                     frontend.set_vring_enable(i, true).expect("SET_VRING_ENABLE");
@@ -327,25 +355,45 @@ impl Guest {
     /// The VMM goes away; the guest's memory stays with this object.
     pub fn disconnect(&mut self) {
         self.frontend = None;
-        self.backend_channel = None;
+        if let Some(vmm) = &self.vmm {
+            vmm.quit();
+        }
     }
 
     /// A new VMM process on the same socket: a new session with empty rings.
     pub fn reconnect(&mut self) {
         self.disconnect();
-        let (frontend, channel, offered) = handshake(&self.socket, self.setup.decline_protocol);
+        let (frontend, channel, offered) = handshake(&self.socket, &self.setup);
+        self.vmm = start_vmm(&self.setup, &self.memory, channel, &frontend);
         self.offered = offered;
-        self.features = offered & !self.setup.decline;
+        self.features = offered & !self.setup.declined();
         self.frontend = Some(frontend);
-        self.backend_channel = channel;
         self.restart_from_zero();
     }
 }
 
-fn handshake(
-    socket: &Path,
-    decline: VhostUserProtocolFeatures,
-) -> (Frontend, Option<UnixStream>, u64) {
+impl Drop for Guest {
+    fn drop(&mut self) {
+        self.disconnect();
+        let sins = self.vmm.as_ref().map(Vmm::sins).unwrap_or_default();
+        assert!(sins.is_empty() || std::thread::panicking(), "no VMM forgives {sins:?}");
+    }
+}
+
+fn start_vmm(
+    setup: &Setup,
+    memory: &Arc<Memory>,
+    channel: Option<(UnixStream, u64)>,
+    frontend: &Frontend,
+) -> Option<Vmm> {
+    Some(Vmm::start(setup.vmm?, memory.clone(), channel?, frontend.clone()))
+}
+
+fn handshake(socket: &Path, setup: &Setup) -> (Frontend, Option<(UnixStream, u64)>, u64) {
+    use VhostUserProtocolFeatures as Protocol;
+    let window = Protocol::BACKEND_REQ | Protocol::BACKEND_SEND_FD | Protocol::SHMEM;
+    let without = if setup.vmm.is_none() { window } else { Protocol::empty() };
+    let decline = setup.decline_protocol | without;
     let mut frontend = Frontend::connect(socket, vq::COUNT as u64)
         .unwrap_or_else(|e| panic!("connect {}: {e}", socket.display()));
     frontend.set_owner().expect("SET_OWNER");
@@ -364,10 +412,12 @@ fn handshake(
         assert_eq!(queues, vq::COUNT as u64, "number of queues");
     }
     let mut channel = None;
-    if protocol.contains(VhostUserProtocolFeatures::BACKEND_REQ) {
+    if protocol.contains(window) {
         let (ours, theirs) = UnixStream::pair().expect("socket pair");
         frontend.set_backend_request_fd(&theirs).expect("SET_BACKEND_REQ_FD");
-        channel = Some(ours);
+        let regions = frontend.get_shmem_config().expect("GET_SHMEM_CONFIG");
+        assert_eq!(regions.nregions, 1, "the window alone");
+        channel = Some((ours, regions.memory_sizes[usize::from(SHM_WINDOW)]));
     }
     (frontend, channel, offered)
 }

@@ -18,6 +18,7 @@ mod importer;
 mod memory;
 mod requests;
 mod ring;
+mod vmm;
 
 pub use daemon::{Daemon, Launch, skip, wait_for};
 pub use guest::{
@@ -29,3 +30,4 @@ pub use requests::{
     Export, Grant, READ_WRITE, Refusal, Refused, Reply, Sync, handle_request, header, name, parse,
 };
 pub use ring::{Answer, Desc, INDIRECT, NEXT, Ring, Used, WRITE};
+pub use vmm::{Asked, Behaviour, Manner, Vmm, WINDOW};

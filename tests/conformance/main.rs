@@ -22,6 +22,7 @@ mod part;
 mod release;
 mod reset;
 mod sync;
+mod window;
 
 use std::io::{Seek, SeekFrom};
 use std::time::Duration;

@@ -1,0 +1,221 @@
+//! The back channel to one VM's VMM: asks it to show memory in the VM's window, and to show it no longer.
+//!
+//! A request blocks until the VMM has answered, however long that takes: so each connection has a thread
+//! for it, which holds no lock meanwhile and for which nobody waits. It asks only while the rings run,
+//! since a request to a stopped device ends QEMU; what is due meanwhile is asked when they run again. It
+//! knows neither buffers nor guests: the registry says what to ask. When the connection ends the thread
+//! does, as soon as the VMM closes its side; how many of a VM may hang behind is bounded.
+
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Instant;
+
+use vhost::vhost_user::message::{VhostUserMMap, VhostUserMMapFlags, VhostUserShMemConfig};
+use vhost::vhost_user::{Backend, Error, VhostUserFrontendReqHandler};
+
+use crate::hub::{Hub, Memory, lock};
+use crate::ids::{PeerId, WindowId, WindowRange};
+use crate::limits::GRANULE;
+use crate::protocol::SHM_WINDOW;
+use crate::queue::{Rings, Vring};
+use crate::registry::{Answer, Shown};
+use crate::throttle::Throttle;
+use crate::throttled;
+use crate::window::Todo;
+
+/// The back channel of one connection.
+pub struct Vmm {
+    hub: Arc<Hub>,
+    peer: PeerId,
+    name: String,
+    throttle: Arc<Throttle>,
+    /// Bytes of the window; 0: none.
+    size: u64,
+    vrings: Arc<Mutex<Vec<Vring>>>,
+    /// The worker has settled whether the guest reset its device, and the rings run.
+    ready: AtomicBool,
+    closed: AtomicBool,
+    channel: Mutex<Channel>,
+}
+
+#[derive(Default)]
+struct Channel {
+    backend: Option<Backend>,
+    /// The VMM asked how large the window is, so it has one.
+    has_window: bool,
+    started: bool,
+}
+
+impl Vmm {
+    /// The back channel of a new connection, which the VMM may open or not.
+    pub fn new(
+        hub: Arc<Hub>,
+        peer: PeerId,
+        (name, size): (String, u64),
+        throttle: Arc<Throttle>,
+        vrings: Arc<Mutex<Vec<Vring>>>,
+    ) -> Arc<Vmm> {
+        let (ready, closed, channel) = Default::default();
+        Arc::new(Vmm { hub, peer, name, throttle, size, vrings, ready, closed, channel })
+    }
+
+    /// GET_SHMEM_CONFIG: what regions the device has.
+    pub fn config(self: &Arc<Vmm>) -> VhostUserShMemConfig {
+        lock(&self.channel).has_window = self.size > 0;
+        self.start();
+        let mut sizes = [0; SHM_WINDOW as usize + 1];
+        if let Some(size) = sizes.get_mut(usize::from(SHM_WINDOW)) {
+            *size = self.size;
+        }
+        VhostUserShMemConfig::new(u32::from(self.size > 0), &sizes)
+    }
+
+    /// SET_BACKEND_REQ_FD.
+    pub fn set_backend(self: &Arc<Vmm>, backend: Backend) {
+        lock(&self.channel).backend = Some(backend);
+        self.start();
+    }
+
+    /// Opens the window as soon as all that it needs is there.
+    fn start(self: &Arc<Vmm>) {
+        let mut channel = lock(&self.channel);
+        if channel.started || !channel.has_window || channel.backend.is_none() {
+            return;
+        }
+        channel.started = true;
+        if !self.hub.channel_begins(self.peer) {
+            let name = &self.name;
+            let text = "too many earlier connections never closed their back channel: no window";
+            return throttled!(self.throttle, Warn, "{name}: {text}");
+        }
+        let window = self.hub.with(|r, _| r.open_window(self.peer, self.size));
+        let this = self.clone();
+        let thread = thread::Builder::new().name(format!("vmm-{}", self.name));
+        let thread = thread.spawn(move || {
+            this.run(window);
+            this.hub.channel_ends(this.peer);
+        });
+        if let Err(error) = thread {
+            throttled!(self.throttle, Warn, "{}: no window: {error}", self.name);
+            self.hub.channel_ends(self.peer);
+            self.hub.with(|r, _| r.close_window(self.peer));
+        }
+    }
+
+    /// The worker says whether the VMM may be asked.
+    pub fn set_ready(&self, ready: bool) {
+        if self.ready.swap(ready, Ordering::AcqRel) != ready && ready {
+            self.hub.ring(self.peer);
+        }
+    }
+
+    /// The connection is over.
+    pub fn close(&self) {
+        self.closed.store(true, Ordering::Release);
+        lock(&self.channel).backend = None;
+        self.hub.with(|r, _| r.close_window(self.peer));
+        self.hub.ring(self.peer);
+    }
+
+    fn may_ask(&self) -> bool {
+        self.ready.load(Ordering::Acquire) && Rings::running(&lock(&self.vrings))
+    }
+
+    fn run(&self, window: WindowId) {
+        let mut seen = 0;
+        while !self.closed.load(Ordering::Acquire) {
+            let due = self.may_ask();
+            let next = if due {
+                self.hub.with(|r, now| r.next_for_vmm(self.peer, window, now))
+            } else {
+                None
+            };
+            let Some(todo) = next else {
+                let until = self.hub.read(|r| r.vmm_deadline(self.peer, window));
+                seen = self.hub.wait_for_bell(self.peer, seen, until.filter(|_| due));
+                continue;
+            };
+            let answer = self.ask(&todo);
+            drop(todo);
+            self.hub.with(|r, now| r.vmm_answered(self.peer, window, answer, now));
+            if answer == Answer::Broken {
+                return;
+            }
+        }
+    }
+
+    fn ask(&self, todo: &Todo<Shown<Memory>>) -> Answer {
+        let Some(backend) = lock(&self.channel).backend.clone() else { return Answer::Broken };
+        // Between this look and the request lies no lock and no wait.
+        match todo {
+            _ if !self.may_ask() => Answer::NotAsked { place: todo.place() },
+            Todo::Map { place, range, file_start, writable, what } => {
+                let done = self.map(&backend, *range, *file_start, *writable, &what.memory);
+                done.map_or(Answer::Broken, |done| Answer::Mapped { place: *place, done })
+            }
+            Todo::Unmap { place, range } => {
+                let done = self.unmap(&backend, *range);
+                done.map_or(Answer::Broken, |done| Answer::Unmapped { place: *place, done })
+            }
+            Todo::Barrier { place, range } => {
+                let done = self.barrier(&backend, *range);
+                done.map_or(Answer::Broken, |()| Answer::Settled { place: *place })
+            }
+        }
+    }
+
+    /// False where the VMM refused; `None` where the channel is of no use any more.
+    fn map(
+        &self,
+        backend: &Backend,
+        range: WindowRange,
+        fd_offset: u64,
+        writable: bool,
+        memory: &Memory,
+    ) -> Option<bool> {
+        let Some(fd) = memory.heirloom() else { return Some(false) };
+        let flags = if writable { VhostUserMMapFlags::WRITABLE } else { Default::default() };
+        let request = VhostUserMMap { fd_offset, flags: flags.bits(), ..request(range) };
+        self.timed("SHMEM_MAP", || backend.shmem_map(&request, &fd))
+    }
+
+    fn unmap(&self, backend: &Backend, range: WindowRange) -> Option<bool> {
+        self.timed("SHMEM_UNMAP", || backend.shmem_unmap(&request(range)))
+    }
+
+    /// A page there and back. Never a request that could be refused: crosvm ends the VM at the first.
+    fn barrier(&self, backend: &Backend, range: WindowRange) -> Option<()> {
+        let page = (range.len == GRANULE).then(|| self.hub.dmabufs.make_private(GRANULE));
+        let Some(Ok(page)) = page else { return Some(()) };
+        if self.map(backend, range, 0, false, &Arc::new(page))? {
+            self.unmap(backend, range)?;
+        }
+        Some(())
+    }
+
+    fn timed(&self, what: &str, ask: impl FnOnce() -> io::Result<u64>) -> Option<bool> {
+        let start = Instant::now();
+        let answer = ask();
+        let metrics = &self.hub.metrics;
+        metrics.vmm_requests.add(1);
+        metrics.vmm_us.add(u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX));
+        let Err(error) = answer else { return Some(true) };
+        metrics.vmm_failures.add(1);
+        let cause = error.get_ref().and_then(|cause| cause.downcast_ref::<Error>());
+        let refused = matches!(cause, Some(Error::FrontendInternalError));
+        if refused {
+            throttled!(self.throttle, Warn, "{}: the VMM refused {what}", self.name);
+        } else if !self.closed.load(Ordering::Acquire) {
+            let text = "the VMM's back channel is of no use any more";
+            throttled!(self.throttle, Warn, "{}: {text}: {what}: {error}", self.name);
+        }
+        refused.then_some(false)
+    }
+}
+
+fn request(range: WindowRange) -> VhostUserMMap {
+    let WindowRange { start: shm_offset, len } = range;
+    VhostUserMMap { shmid: SHM_WINDOW, shm_offset, len, ..Default::default() }
+}
