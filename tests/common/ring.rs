@@ -10,7 +10,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::memory::{BASE, Memory};
 
@@ -114,7 +114,7 @@ pub struct Ring {
 impl Ring {
     /// A queue whose rings and buffers lie in the area reserved for `index`.
     pub fn new(memory: Arc<Memory>, index: usize, size: u16) -> Self {
-        let event = || EventFd::new(EFD_NONBLOCK).expect("eventfd");
+        let event = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).expect("eventfd");
         let (kick, call, epoll) = (event(), event(), Epoll::new().expect("epoll"));
         let interest = EpollEvent::new(EventSet::IN, 0);
         epoll.ctl(ControlOperation::Add, call.as_raw_fd(), interest).expect("epoll");
