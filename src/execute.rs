@@ -168,7 +168,7 @@ fn export(hub: &Hub, vm: Context<'_>, request: Export<'_>) -> Result<Reply, Refu
         .map(|(backing, mode)| {
             let observable = backing.kind() == crate::dmabuf::FdKind::DmaBuf;
             let (uuid, since) = (Uuid::new_v4(), hub.now());
-            Exported { backing: backing.into(), mode, uuid, observable, since }
+            Exported { backing: backing.into(), mode, uuid, observable, shows: true, since }
         });
     drop(parent);
     let (made, refusal) = match made {

@@ -7,7 +7,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
 use rustix::fs::SealFlags;
@@ -15,6 +15,9 @@ use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion}
 
 use crate::limits::{GRANULE, MAX_GUEST_MEMORY, MAX_REGIONS};
 use crate::protocol::{Segment, Status};
+
+/// What this daemon's private copies are called, and nothing else.
+pub const COPY_NAME: &str = "bufshare-copy";
 
 /// What a region's file allows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,6 +37,9 @@ impl Share {
         if stat.is_none_or(|stat| u64::try_from(stat.st_size).is_ok_and(|size| size < end)) {
             return Share::Not;
         }
+        if is_ours(file.as_fd()) {
+            return Share::Not;
+        }
         let seals = rustix::fs::fcntl_get_seals(&file).unwrap_or(SealFlags::empty());
         if seals.contains(SealFlags::SHRINK)
             && !seals.intersects(SealFlags::WRITE | SealFlags::FUTURE_WRITE)
@@ -50,6 +56,16 @@ impl Share {
 pub fn is_dma_buf(file: impl AsFd) -> bool {
     const DMA_BUF_MAGIC: rustix::fs::FsWord = 0x444d_4142;
     rustix::fs::fstatfs(&file).is_ok_and(|fs| fs.f_type == DMA_BUF_MAGIC)
+}
+
+/// Whether it is a private copy of this daemon, which a VMM that shows it in the window echoes as memory
+/// of its guest: sealed as memory of a guest is, but lent already. Its name tells, which nobody can change;
+/// where that cannot be read the file is refused as well.
+fn is_ours(file: BorrowedFd<'_>) -> bool {
+    let name = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let ours = format!("/memfd:{COPY_NAME} ");
+    rustix::fs::readlink(name, Vec::new())
+        .map_or(true, |target| target.to_bytes().starts_with(ours.as_bytes()))
 }
 
 /// One region of guest memory.

@@ -51,8 +51,10 @@ const CALLS: &[libc::c_long] = &[
     libc::SYS_timerfd_settime,
     // udmabuf, names of dma-bufs.
     libc::SYS_ioctl,
-    // /proc/self/fdinfo; landlock allows nothing else.
+    // /proc/self/fdinfo; landlock allows nothing else to be opened. The names of private copies.
     libc::SYS_openat,
+    libc::SYS_readlink,
+    libc::SYS_readlinkat,
     // Connections of VMMs and clients.
     libc::SYS_accept4,
     libc::SYS_accept,

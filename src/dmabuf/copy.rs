@@ -9,12 +9,12 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{MemfdFlags, SealFlags};
 
 use crate::limits::COPY_STEP;
-use crate::memory::FileSegment;
+use crate::memory::{COPY_NAME, FileSegment};
 
 /// A memfd of `size` zeros that nobody can resize.
 pub fn private(size: u64) -> io::Result<OwnedFd> {
-    let fd =
-        rustix::fs::memfd_create("bufshare-copy", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let fd = rustix::fs::memfd_create(COPY_NAME, flags)?;
     rustix::fs::ftruncate(&fd, size)?;
     rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
     Ok(fd)

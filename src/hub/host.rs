@@ -101,6 +101,7 @@ impl Hub {
         // Its references are not counted: they are the client's, and nobody can ACQUIRE it.
         let (uuid, since, observable) = (Uuid::new_v4(), self.now(), false);
         let made = lent.or(Err(Status::Fault)).map(|backing| Exported {
+            shows: backing.heirloom().is_some(),
             backing: backing.into(),
             mode: Mode::ZeroCopy,
             since,

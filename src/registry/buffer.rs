@@ -124,6 +124,8 @@ pub struct Buffer<H> {
     pub(super) foreign: Foreign,
     /// References to the memory can be counted (it is a dma-buf).
     pub(super) observable: bool,
+    /// A VMM can show it: there is a descriptor of it alone.
+    pub(super) shows: bool,
     /// Copies from and to the content that run right now.
     pub(super) copies: u32,
     /// What the exporter knows of the content.
@@ -165,6 +167,7 @@ impl<H> Buffer<H> {
             generation: 0,
             foreign: Foreign::None,
             observable: made.observable,
+            shows: made.shows,
             copies: 0,
             told_generation: 0,
             told_busy: false,

@@ -44,6 +44,8 @@ pub struct Exported<H> {
     pub uuid: Uuid,
     /// References to the memory can be counted.
     pub observable: bool,
+    /// A VMM can show it.
+    pub shows: bool,
     /// When, since the daemon's start.
     pub since: Duration,
 }

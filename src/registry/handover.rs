@@ -146,6 +146,7 @@ impl Left {
             generation: self.generation,
             foreign,
             observable: self.observable,
+            shows: false,
             copies: 0,
             told_generation: self.generation,
             told_busy: false,

@@ -217,7 +217,8 @@ impl<H: Clone> Registry<H> {
     /// that its guest only reads what it maps, so who may only read gets a copy.
     fn attach_mode(&self, key: BufferKey, session: SessionId, request: &AttachRequest) -> Mode {
         let window = self.vm(session).is_ok_and(|vm| vm.window.is_some()) && request.window;
-        let shared = self.buffers.get(&key).is_some_and(|buffer| buffer.mode == Mode::ZeroCopy);
+        let shared = self.buffers.get(&key);
+        let shared = shared.is_some_and(|buffer| buffer.mode == Mode::ZeroCopy && buffer.shows);
         if window && shared && request.access == Access::ALL { Mode::ZeroCopy } else { Mode::Copy }
     }
 

@@ -1092,7 +1092,8 @@ impl World {
         let observable = !copy || uuid.as_u128().is_multiple_of(2);
         let mode = if copy { Mode::Copy } else { Mode::ZeroCopy };
         let since = self.now;
-        let made = Exported { backing: self.memory.clone(), mode, uuid, observable, since };
+        let shows = true;
+        let made = Exported { backing: self.memory.clone(), mode, uuid, observable, shows, since };
         let (size, access) = (what.size, what.access);
         let result =
             self.registry.finish_export(ticket, if ok { Ok(made) } else { Err(Status::NoMem) });

@@ -77,7 +77,8 @@ impl World {
     fn made(&mut self, mode: Mode) -> Exported<Rc<()>> {
         self.exports += 1;
         let uuid = Uuid::from_u128(self.exports);
-        Exported { backing: self.memory.clone(), mode, uuid, observable: true, since: self.now }
+        let (observable, shows) = (true, true);
+        Exported { backing: self.memory.clone(), mode, uuid, observable, shows, since: self.now }
     }
 
     fn try_export(

@@ -127,7 +127,12 @@ impl Guest {
 
     /// UNMAP.
     pub fn unmap(&mut self, mapping: u64) -> Reply<()> {
-        let request = wire::Unmap { hdr: header(Opcode::Unmap, 0), mapping: mapping.into() };
-        self.control::<wire::Resp>(request.as_bytes()).map(|_| ())
+        self.control::<wire::Resp>(&unmap_request(mapping)).map(|_| ())
     }
+}
+
+/// UNMAP.
+pub fn unmap_request(mapping: u64) -> Vec<u8> {
+    let request = wire::Unmap { hdr: header(Opcode::Unmap, 0), mapping: mapping.into() };
+    request.as_bytes().to_vec()
 }

@@ -24,7 +24,7 @@ pub use daemon::{Daemon, Launch, skip, wait_for};
 pub use guest::{
     F_EVENT_IDX, F_INDIRECT, F_PROTOCOL, F_VERSION_1, Guest, QUIET, SOON, Setup, Stop,
 };
-pub use importer::{Attach, Map};
+pub use importer::{Attach, Map, unmap_request};
 pub use memory::{BASE, FREE, Memory, PAGE, Region};
 pub use requests::{
     Export, Grant, READ_WRITE, Refusal, Refused, Reply, Sync, handle_request, header, name, parse,

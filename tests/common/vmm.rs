@@ -167,6 +167,12 @@ impl Vmm {
         slice.write_slice(bytes, 0).expect("inside");
     }
 
+    /// Descriptors of what it shows, as a process keeps them that only hung up.
+    pub fn keep(&self) -> Vec<File> {
+        let state = self.state();
+        state.shown.values().map(|shown| shown.file.try_clone().expect("dup")).collect()
+    }
+
     /// The memory table with the echoes.
     pub fn table(&self) -> Vec<VhostUserMemoryRegionInfo> {
         let state = self.state();

@@ -1,7 +1,9 @@
 //! MAP into the window: shared memory region 1, which the VMM fills.
 
 use super::*;
-use bufshare::protocol::{State, access};
+use std::time::Instant;
+
+use bufshare::protocol::{Opcode, RespMap, RespState, State, access};
 
 const READ: u16 = flag::SYNC_READ;
 const WRITE: u16 = flag::SYNC_WRITE;
@@ -210,4 +212,349 @@ fn no_window_no_mapping() {
     assert_eq!(Mode::from_wire(told.mode.get()), Some(Mode::Copy));
     let pair = pair_with(&["--window-size", "0"]);
     assert_eq!(pair.b.offered & 1 << feature::WINDOW, 0);
+}
+
+/// [dev-map-9] Nothing behind a MAP or UNMAP waits for the monitor.
+#[test]
+fn a_slow_vmm_holds_up_nothing_but_its_own_mappings() {
+    let delay = Duration::from_secs(1);
+    let mut pair = windowed(Behaviour { delay, ..Default::default() });
+    let buffer = pair.granted(1);
+    let handle = pair.attach(&buffer);
+    let ring = pair.b.control_ring();
+    let first = ring.submit(&[&at(handle, 0, PAGE).bytes()], &[24]).expect("room");
+    let second = ring.submit(&[&at(handle, MIB, PAGE).bytes()], &[24]).expect("room");
+    let start = Instant::now();
+    let query = handle_request(Opcode::Query, 0, handle);
+    let third = ring.submit(&[&query], &[56]).expect("room");
+    assert_eq!(ring.wait(SOON).expect("QUERY").head, third);
+    pair.b.begin(sync(&Buffer { handle, ..buffer }, READ)).expect("BEGIN");
+    pair.a.query(buffer.handle).expect("QUERY of the other VM");
+    pair.b.detach(handle).refused(Status::Busy);
+    assert!(start.elapsed() < delay / 2, "{:?}", start.elapsed());
+    let mut done = Vec::new();
+    for _ in 0..2 {
+        let answer = pair.b.control_ring().wait(SOON).expect("MAP");
+        parse::<RespMap>(answer.written()).expect("MAP");
+        done.push(answer.head);
+    }
+    done.sort_unstable();
+    assert_eq!(done, [first.min(second), first.max(second)]);
+    assert!(start.elapsed() >= 2 * delay, "one request after the other");
+    let first = pair.b.query(handle).expect("QUERY").nr_mappings.get();
+    assert_eq!(first, 2);
+}
+
+/// [dev-map-10] [dev-chain-14] A refusal leaves nothing behind.
+#[test]
+fn a_vmm_that_refuses() {
+    let refuses = Behaviour { manner: Manner::Refuses, ..Default::default() };
+    let mut pair = windowed(refuses);
+    let buffer = pair.granted(1);
+    let handle = pair.attach(&buffer);
+    for _ in 0..20 {
+        pair.b.map(&at(handle, 0, PAGE)).refused(Status::Io);
+    }
+    assert_eq!(pair.b.query(handle).expect("QUERY").nr_mappings.get(), 0);
+    pair.b.window().behave(Behaviour::default());
+    let mapping = pair.b.map(&at(handle, 0, PAGE)).expect("MAP");
+    pair.b.window().behave(Behaviour { manner: Manner::Keeps, ..Default::default() });
+    pair.b.unmap(mapping).refused(Status::Io);
+    assert_eq!(pair.b.query(handle).expect("QUERY").nr_mappings.get(), 1);
+    pair.b.unmap(mapping).refused(Status::Io);
+    pair.b.map(&at(handle, 0, PAGE)).refused(Status::Io);
+    pair.b.map(&at(handle, PAGE, PAGE)).expect("elsewhere");
+}
+
+/// [dev-map-10] Nobody waits for ever for a VMM that is broken.
+#[test]
+fn a_vmm_that_breaks_the_channel() {
+    for manner in [Manner::Closes, Manner::Babbles] {
+        let mut pair = windowed(Behaviour::default());
+        let buffer = pair.granted(1);
+        let handle = pair.attach(&buffer);
+        let mapping = pair.b.map(&at(handle, 0, PAGE)).expect("MAP");
+        settle(&mut pair.b);
+        pair.b.window().behave(Behaviour { manner, ..Default::default() });
+        pair.b.map(&at(handle, MIB, PAGE)).refused(Status::Io);
+        pair.b.map(&at(handle, 2 * MIB, PAGE)).refused(Status::Quota);
+        assert_eq!(pair.b.read_config().max_mappings.get(), 0);
+        pair.b.unmap(mapping).refused(Status::Io);
+        pair.b.expect_event(Opcode::EvtResync);
+        pair.a.query(buffer.handle).expect("the other VM");
+        pair.b.reconnect();
+        settle(&mut pair.b);
+        let handle = pair.attach(&buffer);
+        pair.b.window().behave(Behaviour::default());
+        pair.b.map(&at(handle, 0, PAGE)).expect("with a new connection all is well");
+    }
+}
+
+/// [dev-event-7] What is published is what the VMM can hold at this time.
+#[test]
+fn max_mappings_follows_the_memory_of_the_guest() {
+    let mut pair = windowed(Behaviour::default());
+    let max = |pair: &Pair| pair.b.read_config().max_mappings.get();
+    assert_eq!(max(&pair), 7);
+    let spare = Region { start: 0x1_0000_0000, len: 1 << 20, ..Region::default() };
+    pair.b.memory.plug(&spare);
+    pair.b.send_memory_table();
+    pair.b.expect_event(Opcode::EvtResync);
+    settle(&mut pair.b);
+    assert_eq!(max(&pair), 6);
+    let buffer = pair.granted(1);
+    let seen = pair.see(&buffer, READ_WRITE, 0);
+    assert_eq!(max(&pair), 6, "an echo is no memory");
+    pair.b.unmap(seen.mapping).expect("UNMAP");
+    pair.b.memory.unplug(&spare);
+    pair.b.send_memory_table();
+    assert_eq!(max(&pair), 7);
+}
+
+/// [dev-map-11] [dev-export-13] What is seen in the window is not the guest's to lend.
+#[test]
+fn pages_of_the_window_are_not_lent_on() {
+    for access in [READ_WRITE, access::READ] {
+        let mut pair = windowed(Behaviour::default());
+        let buffer = pair.granted(2);
+        let seen = pair.see(&buffer, access, 0);
+        let inside = WINDOW + seen.at;
+        for segments in [vec![(inside, PAGE)], vec![(inside, 2 * PAGE)]] {
+            let export = Export { segments: segments.clone(), ..Default::default() };
+            assert_eq!(pair.b.export(export).refused(Status::Fault).detail, 0);
+            let handle = seen.held.handle;
+            let map = Map { handle, access, segments, ..Default::default() };
+            pair.b.map(&map).refused(Status::Fault);
+        }
+        let own = pair.b.pages(1);
+        let segments = vec![(own, PAGE), (inside, PAGE)];
+        let export = Export { segments, ..Default::default() };
+        assert_eq!(pair.b.export(export).refused(Status::Fault).detail, 1);
+    }
+}
+
+/// [dev-chain-1] Rings and requests in the window are none.
+#[test]
+fn requests_in_the_window_are_malformed() {
+    for access in [READ_WRITE, access::READ] {
+        let mut pair = windowed(Behaviour::default());
+        let buffer = pair.granted(2);
+        let seen = pair.see(&buffer, access, 0);
+        pair.b.window().write(seen.at, &handle_request(Opcode::Query, 0, seen.held.handle));
+        let ring = pair.b.control_ring();
+        let to = Desc { addr: WINDOW + seen.at, len: 16, flags: NEXT, next: 201 };
+        let back = Desc { addr: WINDOW + seen.at + 64, len: 56, flags: common::WRITE, next: 0 };
+        ring.write_desc(200, to);
+        ring.write_desc(201, back);
+        ring.offer(200);
+        ring.notify();
+        let used = ring.wait_used(SOON).expect("it comes back");
+        assert_eq!((used.id, used.len), (200, 0));
+        let nothing = pair.b.window().read(seen.at + 64, 56).expect("shown");
+        assert!(nothing.iter().all(|byte| *byte == 0));
+    }
+}
+
+/// What a RELEASE or QUERY says.
+fn state(told: &RespState) -> State {
+    State::from_wire(told.state.get()).expect("a known state")
+}
+
+/// [dev-release-3] [dev-release-7] [dev-map-12] [dev-map-13] Rights are void at once; pages are back when
+/// nobody sees them any more.
+#[test]
+fn force_takes_it_out_of_the_window() {
+    let delay = Duration::from_millis(300);
+    let mut pair = windowed(Behaviour { delay, ..Default::default() });
+    let buffer = pair.granted(2);
+    let seen = pair.see(&buffer, READ_WRITE, MIB);
+    settle(&mut pair.a);
+    let start = Instant::now();
+    let told = pair.a.release_force(buffer.handle).expect("RELEASE");
+    assert!(start.elapsed() < delay / 2, "nobody waits for the VMM of another VM");
+    pair.b.begin(sync(&seen.held, READ)).refused(Status::Revoked);
+    pair.b.map(&at(seen.held.handle, 0, PAGE)).refused(Status::Revoked);
+    if seen.held.mode == Mode::ZeroCopy {
+        assert_eq!((state(&told), told.use_count.get()), (State::Releasing, 1));
+        let event = pair.a.expect_event(Opcode::EvtReleased);
+        assert_eq!(event.handle.get(), buffer.handle);
+    } else {
+        assert_eq!(state(&told), State::Released);
+        assert!(wait_for(SOON, || pair.b.window().shown().is_empty()));
+    }
+    assert_eq!(pair.b.window().shown(), [], "the daemon unmapped it by itself");
+    assert_eq!(pair.b.query(seen.held.handle).expect("QUERY").nr_mappings.get(), 1);
+    pair.b.unmap(seen.mapping).expect("UNMAP of what is gone");
+    pair.b.detach(seen.held.handle).expect("DETACH");
+    pair.a.expect_no_event();
+}
+
+/// [dev-grant-9] [dev-map-12] [dev-detach-2] One importer of two loses it; MAPs on their way end.
+#[test]
+fn a_revoke_ends_a_map_on_its_way() {
+    let mut pair = windowed(Behaviour::default());
+    let buffer = pair.granted(1);
+    let handle = pair.attach(&buffer);
+    let delay = Duration::from_millis(300);
+    pair.b.window().behave(Behaviour { delay, ..Default::default() });
+    let ring = pair.b.control_ring();
+    for place in [0, MIB] {
+        ring.submit(&[&at(handle, place, PAGE).bytes()], &[24]).expect("room");
+    }
+    assert!(wait_for(SOON, || pair.b.window().asked().len() == 1));
+    pair.revoke(&buffer);
+    for _ in 0..2 {
+        let answer = pair.b.control_ring().wait(SOON).expect("MAP");
+        parse::<RespMap>(answer.written()).refused(Status::Revoked);
+    }
+    pair.b.detach(handle).expect("DETACH");
+    assert!(wait_for(SOON, || pair.b.window().asked().len() == 2), "it is mapped, then unmapped");
+    assert!(wait_for(SOON, || pair.b.window().shown().is_empty()));
+    assert!(wait_for(SOON, || pair.use_count(&buffer) == 0));
+}
+
+/// [dev-reset-6] [dev-map-12] The exporter's pages linger until the importer's VMM lets go of them.
+#[test]
+fn an_exporter_that_goes_away_takes_it_along() {
+    for reset in [true, false] {
+        let mut pair = windowed(Behaviour::default());
+        let buffer = pair.granted(2);
+        let seen = pair.see(&buffer, READ_WRITE, 0);
+        if reset {
+            pair.a.reset(Stop::WithBase)
+        } else {
+            pair.a.reconnect()
+        }
+        assert!(wait_for(SOON, || pair.b.window().shown().is_empty()));
+        assert!(wait_for(SOON, || pair.a.read_config().lingering.get() == 0));
+        pair.b.map(&at(seen.held.handle, MIB, PAGE)).refused(Status::Revoked);
+        pair.b.unmap(seen.mapping).expect("UNMAP");
+        pair.b.detach(seen.held.handle).expect("DETACH");
+    }
+}
+
+/// [dev-map-12] No monitor unmaps when its guest resets: the device does, before a place is used again.
+#[test]
+fn a_reset_of_the_importer_frees_its_window() {
+    let mut pair = windowed(Behaviour::default());
+    let buffer = pair.granted(2);
+    let seen = pair.see(&buffer, READ_WRITE, 0);
+    let more = pair.see(&buffer, access::READ, MIB);
+    assert_eq!(pair.b.window().shown().len(), 2);
+    pair.b.pause(Stop::WithBase);
+    std::thread::sleep(QUIET);
+    assert_eq!(pair.b.window().shown().len(), 2, "while the device is stopped nothing is asked");
+    pair.b.restart_from_zero();
+    pair.b.unmap(seen.mapping).refused(Status::NoEnt);
+    pair.b.query(more.held.handle).refused(Status::NoEnt);
+    let again = pair.see(&buffer, READ_WRITE, 0);
+    assert_eq!(pair.b.window().shown(), [(0, buffer.size)]);
+    pair.a.memory.write(buffer.addr, b"again");
+    pair.a.end(sync(&buffer, WRITE)).expect("END");
+    pair.b.begin(sync(&again.held, READ)).expect("BEGIN");
+    assert_eq!(pair.b.window().read(0, 5).expect("shown"), b"again");
+    assert_eq!(pair.use_count(&buffer), 1);
+}
+
+/// [dev-map-12] What goes away while the importer is paused is unmapped when it runs.
+#[test]
+fn a_paused_importer_sees_it_until_it_runs() {
+    for how in [Stop::WithBase, Stop::DisableOnly] {
+        let mut pair = windowed(Behaviour::default());
+        let buffer = pair.granted(1);
+        let seen = pair.see(&buffer, READ_WRITE, 0);
+        settle(&mut pair.a);
+        pair.b.pause(how);
+        let told = pair.a.release_force(buffer.handle).expect("RELEASE");
+        std::thread::sleep(3 * QUIET);
+        assert_eq!(pair.b.window().shown().len(), 1);
+        if seen.held.mode == Mode::ZeroCopy {
+            assert_eq!(state(&told), State::Releasing);
+            pair.a.query(buffer.handle).expect("it is not back");
+        }
+        pair.b.resume();
+        assert!(wait_for(SOON, || pair.b.window().shown().is_empty()));
+        if seen.held.mode == Mode::ZeroCopy {
+            pair.a.expect_event(Opcode::EvtReleased);
+        }
+    }
+}
+
+/// [dev-release-3] A VMM that is gone shows nothing; one that only hung up still does.
+#[test]
+fn a_closed_connection_proves_nothing() {
+    let mut pair = windowed(Behaviour::default());
+    let buffer = pair.granted(1);
+    let seen = pair.see(&buffer, READ_WRITE, 0);
+    settle(&mut pair.a);
+    let kept = pair.b.window().keep();
+    pair.b.reconnect();
+    let told = pair.a.release_force(buffer.handle).expect("RELEASE");
+    if seen.held.mode == Mode::ZeroCopy {
+        assert_eq!(state(&told), State::Releasing);
+        pair.a.expect_no_event();
+        drop(kept);
+        pair.a.expect_event(Opcode::EvtReleased);
+    } else {
+        assert_eq!(state(&told), State::Released);
+    }
+}
+
+/// [dev-release-2] RELEASE without force leaves what is attached as it is.
+#[test]
+fn what_is_attached_stays_until_it_is_detached() {
+    let mut pair = windowed(Behaviour::default());
+    let buffer = pair.granted(1);
+    let seen = pair.see(&buffer, READ_WRITE, 0);
+    settle(&mut pair.a);
+    let told = pair.a.release(buffer.handle).expect("RELEASE");
+    if seen.held.mode == Mode::Copy {
+        return assert_eq!(state(&told), State::Released);
+    }
+    assert_eq!(state(&told), State::Releasing);
+    pair.b.begin(sync(&seen.held, READ | WRITE)).expect("BEGIN");
+    pair.b.end(sync(&seen.held, READ | WRITE)).expect("END");
+    pair.b.unmap(seen.mapping).expect("UNMAP");
+    let again = pair.b.map(&at(seen.held.handle, 0, PAGE)).expect("it still has the right");
+    pair.b.unmap(again).expect("UNMAP");
+    pair.b.detach(seen.held.handle).expect("DETACH");
+    let mut last = None;
+    while let Some(event) = pair.a.event(QUIET) {
+        last = Opcode::from_wire(event.kind.get());
+    }
+    assert_eq!(last, Some(Opcode::EvtReleased));
+}
+
+/// [dev-map-14] [dev-chain-2] However many MAPs and UNMAPs a guest sends at once, each is answered.
+#[test]
+fn a_flood_is_answered() {
+    let mut pair = windowed(Behaviour::default());
+    let buffer = pair.granted(1);
+    let handle = pair.attach(&buffer);
+    let before = pair.daemon.fds();
+    let mut mappings = Vec::new();
+    for round in 0..30 {
+        let mut sent = 0;
+        for place in 0..20 {
+            let request = at(handle, place % 10 * PAGE, PAGE).bytes();
+            sent += usize::from(pair.b.control_ring().submit(&[&request], &[24]).is_some());
+        }
+        for mapping in mappings.drain(..) {
+            for _ in 0..2 {
+                let request = unmap_request(mapping);
+                sent += usize::from(pair.b.control_ring().submit(&[&request], &[24]).is_some());
+            }
+        }
+        for _ in 0..sent {
+            let answer = pair.b.control_ring().wait(SOON).expect("every chain comes back");
+            if answer.len == 24 {
+                mappings.push(parse::<RespMap>(answer.written()).expect("MAP").mapping.get());
+            }
+        }
+        assert!(pair.b.window().shown().len() <= 7, "round {round}");
+    }
+    mappings.into_iter().for_each(|mapping| pair.b.unmap(mapping).expect("UNMAP"));
+    assert_eq!(pair.b.window().shown(), []);
+    let settled = wait_for(SOON, || pair.daemon.fds() <= before);
+    assert!(settled, "{:#?}", pair.daemon.fd_names());
 }

@@ -113,7 +113,7 @@ impl Desk {
         let uuid = Uuid::new_v4();
         let since = self.hub.now();
         let backing = Arc::new(backing);
-        let made = Exported { backing, mode, uuid, observable: false, since };
+        let made = Exported { backing, mode, uuid, observable: false, shows: false, since };
         let (handle, uuid, _) = self
             .hub
             .with(|registry, _| {
