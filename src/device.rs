@@ -19,8 +19,8 @@ mod backend;
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 
 use log::{error, warn};
 use vhost_user_backend::{VhostUserBackend, VringT};
@@ -42,6 +42,7 @@ use crate::protocol::{self as wire, Opcode, Status, feature, vq};
 use crate::queue::{Chain, Memory, Rings, Slot, Vring};
 use crate::registry::{SyncRequest, Wants};
 use crate::reply::{self, Refused, Reply};
+use crate::sync::{AtomicBool, AtomicU64, Mutex, RwLock};
 use crate::throttle::Throttle;
 use crate::throttled;
 use crate::vmm::Vmm;

@@ -12,12 +12,10 @@ mod host;
 mod windows;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::fs::File;
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, PoisonError};
+use std::time::Duration;
 
-use log::error;
 use uuid::Uuid;
 
 use crate::dmabuf::{Backing, DmaBufs};
@@ -27,6 +25,7 @@ use crate::metrics::Metrics;
 use crate::policy::Policy;
 use crate::protocol::Status;
 use crate::registry::{Audit, Done, Notice, Origin, Outbox, Registry};
+use crate::sync::{Instant, Mutex, MutexGuard, Wake};
 use crate::throttle::Throttle;
 use crate::throttled;
 
@@ -81,7 +80,7 @@ impl HostNews {
 #[derive(Debug)]
 struct Port {
     name: String,
-    wake: File,
+    wake: Wake,
     audit: Throttle,
     done: Mutex<Vec<Done>>,
     channel: windows::Channel,
@@ -93,7 +92,7 @@ pub struct Hub {
     registry: Mutex<Registry<Memory>>,
     ports: BTreeMap<PeerId, Port>,
     news: Mutex<HostNews>,
-    host_wake: File,
+    host_wake: Wake,
     fences: fences::Watched,
     start: Instant,
     /// The registry's clock at that time: a predecessor's goes on.
@@ -113,22 +112,6 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn raise(wake: &File) {
-    // EAGAIN: the counter is full, so the reader is awake already.
-    if let Err(error) = rustix::io::write(wake, &1u64.to_ne_bytes())
-        && error != rustix::io::Errno::AGAIN
-    {
-        error!("a wake-up was lost: {error}");
-    }
-}
-
-/// Reads a wake-up eventfd empty.
-pub fn consume(wake: &File) {
-    let mut count = [0; 8];
-    // EAGAIN: a spurious wake-up.
-    let _ = rustix::io::read(wake, &mut count);
-}
-
 impl Hub {
     /// A hub for these VMs, numbered from 2 in their order.
     pub fn new(vms: &[VmSpec], policy: Policy, dmabufs: DmaBufs) -> io::Result<Hub> {
@@ -141,7 +124,7 @@ impl Hub {
         let registry = Registry::new(policy.clone(), entries);
         let mut ports = BTreeMap::new();
         for (peer, vm) in peers.zip(vms) {
-            let (name, wake) = (vm.name.clone(), crate::ioctl::eventfd()?);
+            let (name, wake) = (vm.name.clone(), Wake::new()?);
             let (audit, done, channel) = Default::default();
             let port = Port { name, wake, audit, done, channel };
             ports.insert(peer, port);
@@ -150,7 +133,7 @@ impl Hub {
             registry: Mutex::new(registry),
             ports,
             news: Mutex::default(),
-            host_wake: crate::ioctl::eventfd()?,
+            host_wake: Wake::new()?,
             fences: fences::Watched::new()?,
             start: Instant::now(),
             clock: Duration::ZERO,
@@ -206,7 +189,7 @@ impl Hub {
             outbox = registry.take_outbox();
         }
         if wake_host {
-            raise(&self.host_wake);
+            self.host_wake.raise();
         }
     }
 
@@ -271,7 +254,7 @@ impl Hub {
         }
         for peer in std::mem::take(&mut outbox.wake) {
             if let Some(port) = self.ports.get(&peer) {
-                raise(&port.wake);
+                port.wake.raise();
             }
         }
         wake_host
@@ -286,14 +269,14 @@ impl Hub {
     }
 
     /// Readable when the VM's worker has an event to deliver or a wait that ended.
-    pub fn vm_wake(&self, peer: PeerId) -> Option<&File> {
+    pub fn vm_wake(&self, peer: PeerId) -> Option<&Wake> {
         self.ports.get(&peer).map(|port| &port.wake)
     }
 
     /// Wakes the VM's worker.
     pub fn wake_vm(&self, peer: PeerId) {
         if let Some(port) = self.ports.get(&peer) {
-            raise(&port.wake);
+            port.wake.raise();
         }
     }
 

@@ -22,6 +22,7 @@ pub mod registry;
 pub mod reply;
 pub mod sandbox;
 pub mod serve;
+pub mod sync;
 pub mod testcard;
 pub mod throttle;
 pub mod vmm;

@@ -3,7 +3,7 @@
 //! It knows sockets and the framework's threads, not what is said on them.
 
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::thread;
@@ -53,7 +53,7 @@ fn connection(
     let mut listener = Listener::from(socket.try_clone()?);
     let device = Device::new(hub.clone(), peer, options.clone(), throttle.clone());
     let device = Arc::new(device?);
-    let result = serve(options, &mut listener, &device, memory, wake.as_raw_fd(), throttle);
+    let result = serve(options, &mut listener, &device, memory, wake.as_fd().as_raw_fd(), throttle);
     device.close();
     result
 }

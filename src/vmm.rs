@@ -7,8 +7,8 @@
 //! does, as soon as the VMM closes its side; how many of a VM may hang behind is bounded.
 
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::Instant;
 
@@ -21,6 +21,7 @@ use crate::limits::GRANULE;
 use crate::protocol::SHM_WINDOW;
 use crate::queue::{Rings, Vring};
 use crate::registry::{Answer, Shown};
+use crate::sync::{AtomicBool, Mutex};
 use crate::throttle::Throttle;
 use crate::throttled;
 use crate::window::Todo;

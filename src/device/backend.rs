@@ -17,7 +17,7 @@ use zerocopy::IntoBytes;
 
 use super::{Device, WAKE};
 use crate::config_space;
-use crate::hub::{consume, lock};
+use crate::hub::lock;
 use crate::limits;
 use crate::memory::MemoryMap;
 use crate::protocol::vq;
@@ -121,7 +121,7 @@ impl VhostUserBackend for Device {
         if u64::from(event) == WAKE
             && let Some(wake) = self.hub.vm_wake(self.peer)
         {
-            consume(wake);
+            wake.consume();
         }
         {
             let mut known = lock(&self.vrings);

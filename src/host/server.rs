@@ -28,7 +28,7 @@ use super::listener::Listener;
 use super::packet::{self, Wait};
 use super::request::{self, Answer, People, Person};
 use super::wire::Type;
-use crate::hub::{self, Hub};
+use crate::hub::Hub;
 use crate::ids::ClientId;
 use crate::ioctl::PeerCredentials;
 use crate::limits::MAX_CLIENTS;
@@ -362,7 +362,7 @@ impl MutEventSubscriber for Server {
                 }
             }
             SIGNAL => return self.leave(Heir::Manager),
-            WAKE => hub::consume(self.hub.host_wake()),
+            WAKE => self.hub.host_wake().consume(),
             FENCES => self.hub.fences_over(),
             TIMER => {
                 // Nothing to read: it was set anew meanwhile.

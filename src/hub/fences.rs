@@ -6,13 +6,13 @@
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Mutex;
 
 use rustix::event::{Timespec, epoll};
 
 use super::{Hub, Memory, lock};
 use crate::protocol::Status;
 use crate::registry::{FenceWait, Fences, Origin};
+use crate::sync::Mutex;
 use crate::throttled;
 
 /// Snapshots that are taken from the kernel at once.

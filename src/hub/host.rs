@@ -2,12 +2,11 @@
 //!
 //! It knows clients by number, not their sockets.
 
-use std::fs::File;
 use std::time::Duration;
 
 use uuid::Uuid;
 
-use super::{HostNews, Hub, Memory, lock, raise};
+use super::{HostNews, Hub, Memory, lock};
 use crate::dmabuf::{Backing, Unfit};
 use crate::ids::{Access, ClientId, Cookie, HandleId, LeaseId};
 use crate::protocol::{Mode, State, Status};
@@ -15,11 +14,12 @@ use crate::registry::{
     Acquired, Begun, BufferInfo, ClientTicket, Ended, ExportEvent, Exported, Registry, Report,
     SyncRequest,
 };
+use crate::sync::Wake;
 
 impl Hub {
     /// Readable when [`take_host_news`](Self::take_host_news) has something, or a deadline may have
     /// come nearer.
-    pub fn host_wake(&self) -> &File {
+    pub fn host_wake(&self) -> &Wake {
         &self.host_wake
     }
 
@@ -118,7 +118,7 @@ impl Hub {
 
     /// Wakes the host socket's thread.
     pub fn wake_host(&self) {
-        raise(&self.host_wake);
+        self.host_wake.raise();
     }
 
     /// BEGIN of a lease or an export. Where it waits, [`HostNews::done`] tells the end under the request's cookie.

@@ -3,7 +3,7 @@
 //!
 //! It knows no sockets: `vmm` asks.
 
-use std::sync::{Condvar, Mutex, PoisonError};
+use std::sync::PoisonError;
 use std::time::Duration;
 
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
@@ -13,6 +13,7 @@ use crate::dmabuf::{Backing, file_id};
 use crate::ids::{FileId, PeerId};
 use crate::limits::MAX_CHANNELS;
 use crate::registry::Settled;
+use crate::sync::{Condvar, Mutex};
 
 /// What belongs to the connection of one VM's VMM.
 #[derive(Debug, Default)]
