@@ -86,6 +86,7 @@ enum bufshare_status { /* VIRTIO_BUFSHARE_S_* */
 #define BUFSHARE_METADATA_IMAGE 1u
 
 #define BUFSHARE_ACQUIRE_F_ZERO_COPY (1u << 0) /* fail with ACCESS rather than copy */
+#define BUFSHARE_ACQUIRE_F_NOTICE    (1u << 1) /* time to finish when revoked by force */
 
 #define BUFSHARE_SYNC_F_END      (1u << 0) /* clear: BEGIN */
 #define BUFSHARE_SYNC_F_READ     (1u << 1)

@@ -80,6 +80,9 @@ pub const MAX_HOST_EXPORTS: u32 = 4096;
 pub const MAX_CLIENT_BYTES: u64 = 1 << 30;
 /// See [`MAX_CLIENT_BYTES`].
 pub const MAX_HOST_BYTES: u64 = 4 << 30;
+/// How long a lease lives on after the exporter took the buffer back by force, where its client asked
+/// for notice: a few frames.
+pub const NOTICE: Duration = Duration::from_secs(1);
 /// Log lines that one VM can cause in a second.
 pub const LOG_LINES_PER_SECOND: u32 = 5;
 

@@ -169,9 +169,12 @@ impl Client {
     /// A lease with these access bits (`protocol::access`). With `zero_copy` a copy is refused
     /// with ACCESS.
     pub fn acquire(&mut self, uuid: Uuid, access: u32, zero_copy: bool) -> Result<Lease> {
-        let hdr = self
-            .channel
-            .header(Type::Acquire, if zero_copy { wire::flag::ACQUIRE_ZERO_COPY } else { 0 });
+        self.acquire_with(uuid, access, if zero_copy { wire::flag::ACQUIRE_ZERO_COPY } else { 0 })
+    }
+
+    /// As [`Client::acquire`], with these flags (`wire::flag::ACQUIRE_*`).
+    pub fn acquire_with(&mut self, uuid: Uuid, access: u32, flags: u16) -> Result<Lease> {
+        let hdr = self.channel.header(Type::Acquire, flags);
         let uuid = uuid.into_bytes();
         let request = wire::Acquire { hdr, uuid, access: access.into(), ..Default::default() };
         let mut packet = self.channel.call(&hdr, &request)?;

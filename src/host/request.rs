@@ -177,7 +177,7 @@ impl Session {
     ) -> Result<Answer, Refusal> {
         let kind = Type::from_wire(req.kind.get()).ok_or(Status::Unsupp)?;
         let known_flags = match kind {
-            Type::Acquire => wire::flag::ACQUIRE_ZERO_COPY,
+            Type::Acquire => wire::flag::ACQUIRE_ZERO_COPY | wire::flag::ACQUIRE_NOTICE,
             Type::Grant => flag::GRANT_ONCE | flag::GRANT_FORCE,
             Type::Release => flag::RELEASE_FORCE,
             Type::Sync => flag::SYNC_END | flag::SYNC_READ | flag::SYNC_WRITE | flag::SYNC_NONBLOCK,
@@ -257,9 +257,11 @@ impl Session {
         if request.reserved.get() != 0 || access.is_none() {
             return Err(Status::Inval.into());
         }
-        let zero_copy = request.hdr.flags.get() & wire::flag::ACQUIRE_ZERO_COPY != 0;
+        let has = |flag| request.hdr.flags.get() & flag != 0;
+        let (zero_copy, notice) =
+            (has(wire::flag::ACQUIRE_ZERO_COPY), has(wire::flag::ACQUIRE_NOTICE));
         let uuid = Uuid::from_bytes(request.uuid);
-        let got = hub.host_acquire(self.client, uuid, access, zero_copy)?;
+        let got = hub.host_acquire(self.client, uuid, access, zero_copy, notice)?;
         let answer = wire::RespAcquire {
             hdr: ok(&request.hdr),
             lease: got.lease.0.into(),

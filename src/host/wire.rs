@@ -21,6 +21,8 @@ pub const STAT_NAME_LEN: usize = 32;
 pub mod flag {
     #![allow(missing_docs)]
     pub const ACQUIRE_ZERO_COPY: u16 = 1 << 0;
+    /// ACQUIRE: time to finish when the exporter takes the buffer back by force.
+    pub const ACQUIRE_NOTICE: u16 = 1 << 1;
     pub const LEASE_WRITABLE: u32 = 1 << 0;
     pub const HOLDER_REVOKED: u32 = 1 << 0;
     pub const HOLDER_FENCE: u32 = 1 << 1;

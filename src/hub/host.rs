@@ -71,15 +71,22 @@ impl Hub {
         self.read(|registry| registry.host_info(uuid))
     }
 
-    /// ACQUIRE.
+    /// ACQUIRE; `notice`: RELEASE by force leaves the lease a little time.
     pub fn host_acquire(
         &self,
         client: ClientId,
         uuid: Uuid,
         access: Access,
         zero_copy: bool,
+        notice: bool,
     ) -> Result<Acquired<Memory>, Status> {
-        self.with(|registry, now| registry.acquire(client, uuid, access, zero_copy, now))
+        self.with(|registry, now| {
+            let got = registry.acquire(client, uuid, access, zero_copy, now)?;
+            if notice {
+                registry.want_notice(client, got.lease);
+            }
+            Ok(got)
+        })
     }
 
     /// RELEASE of a lease or an export: its state, and what still uses it.

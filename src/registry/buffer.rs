@@ -53,6 +53,10 @@ pub struct Lease {
     pub revoked: bool,
     /// Since the daemon's start.
     pub since: Duration,
+    /// Its client asked for time when the exporter takes the buffer back by force.
+    pub notice: bool,
+    /// When that time is over; zero until the clock has set it.
+    pub ends: Option<Duration>,
 }
 
 /// A living attachment, as its buffer knows it.
@@ -253,7 +257,12 @@ impl<H> Buffer<H> {
         self.sync.get_or_insert_default()
     }
 
-    /// When time alone changes something: a wait, a grant, a look at foreign references.
+    /// Whether who has a lease should finish.
+    pub(super) fn wanted_back(&self) -> bool {
+        self.phase != Phase::Live || self.leases.iter().any(|lease| lease.ends.is_some())
+    }
+
+    /// When time alone changes something: a wait, a grant, a notice, a look at foreign references.
     pub(super) fn next_due(&self) -> Option<Duration> {
         let waits = self.sync.iter().filter_map(|sync| sync.next_due());
         let grants = self.grants.iter().filter_map(|(_, grant)| grant.expires);
@@ -261,7 +270,8 @@ impl<H> Buffer<H> {
             Foreign::Held { next, .. } if self.may_be_looked_at() => Some(next),
             _ => None,
         };
-        waits.chain(grants).chain(look).min()
+        let notices = self.leases.iter().filter_map(|lease| lease.ends);
+        waits.chain(grants).chain(notices).chain(look).min()
     }
 
     /// Whether a host client exports it, who has the memory.

@@ -229,7 +229,7 @@ impl<H: Clone> Registry<H> {
         self.tell_host_offer(key, before);
         if request.force && request.access.is_none() {
             if meant(PeerId::HOST) {
-                self.revoke_leases(key);
+                self.force_leases(key);
             }
             self.revoke_attachments(key, meant);
         }
@@ -261,7 +261,7 @@ impl<H: Clone> Registry<H> {
             Holder::Lease(_) | Holder::Attachment(_) => force.then_some(Status::Revoked),
         });
         if force {
-            self.revoke_leases(key);
+            self.force_leases(key);
             self.revoke_attachments(key, |_| true);
         }
         let mut answer = self.state_of(key).ok_or(Status::NoEnt)?;

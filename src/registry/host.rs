@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use uuid::Uuid;
 
-use super::{Buffer, Description, Foreign, Holder, Lease, Notice, Phase, Registry};
+use super::{Buffer, Description, Foreign, Holder, Lease, Notice, Registry};
 use crate::ids::{Access, BufferKey, ClientId, LeaseId, PeerId};
-use crate::limits::MAX_LEASES;
+use crate::limits::{MAX_LEASES, NOTICE};
 use crate::protocol::{Mode, Status};
 
 /// A buffer as the host sees it.
@@ -116,7 +116,7 @@ impl<H: Clone> Registry<H> {
             access: self.host_access(key),
             generation: buffer.generation,
             use_count: buffer.use_count(),
-            wanted_back: buffer.phase != Phase::Live,
+            wanted_back: buffer.wanted_back(),
             leases: buffer.leases.iter().filter(|held| wanted(held)).map(lease).collect(),
         }
     }
@@ -152,7 +152,8 @@ impl<H: Clone> Registry<H> {
         self.last_lease += 1;
         let lease = LeaseId(self.last_lease);
         buffer.last_lease = Some(lease);
-        buffer.leases.push(Lease { id: lease, client, access, revoked: false, since: now });
+        let (revoked, notice, ends) = (false, false, None);
+        buffer.leases.push(Lease { id: lease, client, access, revoked, since: now, notice, ends });
         if buffer.observable {
             buffer.foreign = Foreign::Possible;
         }
@@ -163,6 +164,16 @@ impl<H: Clone> Registry<H> {
         self.refresh_offers(key);
         self.settle(key);
         Ok(Acquired { lease, backing, info: info.ok_or(Status::NoEnt)? })
+    }
+
+    /// The client of a fresh lease wants [`NOTICE`] when the exporter takes the buffer back by force.
+    pub fn want_notice(&mut self, client: ClientId, lease: LeaseId) {
+        let key = self.clients.get(&client).and_then(|leases| leases.get(&lease)).copied();
+        let buffer = key.and_then(|key| self.buffers.get_mut(&key));
+        let held = buffer.and_then(|buffer| buffer.leases.iter_mut().find(|held| held.id == lease));
+        if let Some(held) = held {
+            held.notice = true;
+        }
     }
 
     /// The live lease of a client: NOENT where it has none of this number, REVOKED where it is dead.
@@ -213,15 +224,49 @@ impl<H: Clone> Registry<H> {
 
     /// Kills every lease: its client is told, and only handing it back is left.
     pub(super) fn revoke_leases(&mut self, key: BufferKey) {
-        let leased = |holder| matches!(holder, Holder::Lease(_));
-        self.end_waits(key, |waiter| leased(waiter.holder).then_some(Status::Revoked));
-        self.clear_bits(key, leased);
+        self.revoke_some(key, |_| true);
+    }
+
+    /// The exporter takes the buffer back by force: leases die, those whose clients asked for notice a
+    /// little later.
+    pub(super) fn force_leases(&mut self, key: BufferKey) {
+        self.revoke_some(key, |lease| !lease.notice);
         let Some(buffer) = self.buffers.get_mut(&key) else { return };
-        let uuid = buffer.uuid;
+        let mut noticed = false;
         for lease in buffer.leases.iter_mut().filter(|lease| !lease.revoked) {
-            lease.revoked = true;
+            lease.ends.get_or_insert(Duration::ZERO);
+            noticed = true;
+        }
+        if noticed {
+            self.outbox.notices.push(Notice::Withdrawn(buffer.uuid));
+        }
+    }
+
+    /// Starts the time of notices, and ends those that are over.
+    pub(super) fn expire_notices(&mut self, key: BufferKey, now: Duration) {
+        let Some(buffer) = self.buffers.get_mut(&key) else { return };
+        for ends in buffer.leases.iter_mut().filter_map(|lease| lease.ends.as_mut()) {
+            if ends.is_zero() {
+                *ends = now.saturating_add(NOTICE);
+            }
+        }
+        self.revoke_some(key, |lease| lease.ends.is_some_and(|ends| ends <= now));
+    }
+
+    fn revoke_some(&mut self, key: BufferKey, which: impl Fn(&Lease) -> bool) {
+        let Some(buffer) = self.buffers.get_mut(&key) else { return };
+        let (uuid, mut dead) = (buffer.uuid, BTreeSet::new());
+        for lease in buffer.leases.iter_mut().filter(|lease| !lease.revoked && which(lease)) {
+            (lease.revoked, lease.ends) = (true, None);
+            dead.insert(lease.id);
             let (client, lease) = (lease.client, lease.id);
             self.outbox.notices.push(Notice::Revoked { client, lease, uuid });
         }
+        if dead.is_empty() {
+            return;
+        }
+        let leaves = |holder| matches!(holder, Holder::Lease(lease) if dead.contains(&lease));
+        self.end_waits(key, |waiter| leaves(waiter.holder).then_some(Status::Revoked));
+        self.clear_bits(key, leaves);
     }
 }

@@ -170,6 +170,7 @@ impl<H: Clone> Registry<H> {
             }
             self.expire_waits(key, now);
             self.expire_grants(key, now);
+            self.expire_notices(key, now);
             if let Some(buffer) = self.buffers.get_mut(&key)
                 && let Foreign::Held { pause, next } = &mut buffer.foreign
                 && *next <= now

@@ -91,6 +91,55 @@ fn a_watch_of_one_buffer_tells_nothing_of_others() {
     client.release(lease).unwrap();
 }
 
+/// Taken back by force, a lease whose client asked for notice lives on for a second, no longer.
+#[test]
+fn who_asked_for_notice_may_finish() {
+    let desk = Desk::start();
+    let mut client = desk.client();
+    client.watch(None).unwrap();
+    let both = |client: &mut Client, uuid| {
+        let notice = client.acquire_with(uuid, READ, wire::flag::ACQUIRE_NOTICE).unwrap();
+        (notice, client.acquire(uuid, READ, false).unwrap())
+    };
+    let is = |told: Option<Event>, uuid| match told {
+        Some(Event::Revoked { uuid: gone, .. }) if gone == uuid => "revoked",
+        Some(Event::Withdrawn { uuid: gone, .. }) if gone == uuid => "withdrawn",
+        other => panic!("{other:?}"),
+    };
+    let (handle, uuid) = desk.offer("released");
+    assert_eq!(offered(&mut client), uuid);
+    let (notice, plain) = both(&mut client, uuid);
+    desk.release(handle, true);
+    assert_eq!(is(client.next_event(SOON).unwrap(), uuid), "revoked", "the lease without notice");
+    assert_eq!(refused(client.begin(plain.id, Access::READ, WAIT)), Status::Revoked);
+    client.begin(notice.id, Access::READ, WAIT).unwrap();
+    let mut second = desk.client();
+    assert_eq!(refused(second.acquire(uuid, READ, false)), Status::NoEnt, "the door is closed");
+    loop {
+        let Some(told) = client.next_event(SOON).unwrap() else { panic!("not revoked") };
+        if is(Some(told), uuid) == "revoked" {
+            break;
+        }
+    }
+    assert_eq!(refused(client.begin(notice.id, Access::READ, WAIT)), Status::Revoked);
+    client.release(notice).unwrap();
+    client.release(plain).unwrap();
+
+    let (handle, uuid) = desk.offer("withdrawn");
+    assert_eq!(offered(&mut client), uuid);
+    let notice = client.acquire_with(uuid, READ, wire::flag::ACQUIRE_NOTICE).unwrap();
+    desk.grant(GrantRequest { force: true, ..grant(handle, Bits::NONE) });
+    assert_eq!(is(client.next_event(SOON).unwrap(), uuid), "withdrawn");
+    client.begin(notice.id, Access::READ, WAIT).unwrap();
+    assert_eq!(is(client.next_event(SOON).unwrap(), uuid), "revoked");
+    client.release(notice).unwrap();
+    let (_, uuid) = desk.offer("gone");
+    assert_eq!(offered(&mut client), uuid);
+    let _notice = client.acquire_with(uuid, READ, wire::flag::ACQUIRE_NOTICE).unwrap();
+    desk.hub.close_session(desk.session);
+    assert_eq!(is(client.next_event(SOON).unwrap(), uuid), "revoked", "its exporter is gone");
+}
+
 #[test]
 fn a_client_that_does_not_read_stalls_nobody_and_is_told_the_latest() {
     let desk = Desk::start();

@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 
 use bufshare::host::client::{self, Access, Buffer, Client, Event, Lease};
 use bufshare::host::image::Image;
+use bufshare::host::wire::flag;
 use bufshare::protocol::{Status, access, metadata};
 use clap::Parser;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -102,7 +103,7 @@ fn run(args: &Args) -> Result<Reason, Failure> {
         return Ok("signal");
     };
     client.watch(Some(buffer.uuid))?;
-    let lease = client.acquire(buffer.uuid, access::READ, false)?;
+    let lease = client.acquire_with(buffer.uuid, access::READ, flag::ACQUIRE_NOTICE)?;
     let image = Image::parse(buffer.metadata_type, &lease.metadata, lease.buffer.size)
         .map_err(Failure::Image)?;
     let window = display.window(&mut events, &lease, &image, args.fullscreen)?;
