@@ -19,21 +19,7 @@
 
 #include "virtio_bufshare.h"
 
-/**
- * struct bufshare_buffer - memory of a dma-buf
- * @sgt: its pieces; every entry is one allocation
- * @lock: guards the rest
- * @attachments: who in this guest has it mapped for DMA
- * @vmaps: users of @vaddr
- * @vaddr: kernel mapping
- */
-struct bufshare_buffer {
-	struct sg_table sgt;
-	struct mutex lock; /* guards the rest */
-	struct list_head attachments;
-	unsigned int vmaps;
-	void *vaddr;
-};
+/* As the operations of a dma-buf whose priv is a struct bufshare_buffer, see <linux/dma-buf.h>. */
 
 struct bufshare_attachment {
 	struct list_head node;
@@ -42,7 +28,7 @@ struct bufshare_attachment {
 	bool mapped;
 };
 
-static int bufshare_buffer_attach(struct dma_buf *dmabuf, struct dma_buf_attachment *attach)
+int bufshare_buffer_attach(struct dma_buf *dmabuf, struct dma_buf_attachment *attach)
 {
 	struct bufshare_buffer *buffer = dmabuf->priv;
 	struct bufshare_attachment *a;
@@ -70,7 +56,7 @@ static int bufshare_buffer_attach(struct dma_buf *dmabuf, struct dma_buf_attachm
 	return 0;
 }
 
-static void bufshare_buffer_detach(struct dma_buf *dmabuf, struct dma_buf_attachment *attach)
+void bufshare_buffer_detach(struct dma_buf *dmabuf, struct dma_buf_attachment *attach)
 {
 	struct bufshare_buffer *buffer = dmabuf->priv;
 	struct bufshare_attachment *a = attach->priv;
@@ -82,8 +68,8 @@ static void bufshare_buffer_detach(struct dma_buf *dmabuf, struct dma_buf_attach
 	kfree(a);
 }
 
-static struct sg_table *bufshare_buffer_map(struct dma_buf_attachment *attach,
-					    enum dma_data_direction direction)
+struct sg_table *bufshare_buffer_map(struct dma_buf_attachment *attach,
+				     enum dma_data_direction direction)
 {
 	struct bufshare_buffer *buffer = attach->dmabuf->priv;
 	struct bufshare_attachment *a = attach->priv;
@@ -98,8 +84,8 @@ static struct sg_table *bufshare_buffer_map(struct dma_buf_attachment *attach,
 	return &a->sgt;
 }
 
-static void bufshare_buffer_unmap(struct dma_buf_attachment *attach, struct sg_table *sgt,
-				  enum dma_data_direction direction)
+void bufshare_buffer_unmap(struct dma_buf_attachment *attach, struct sg_table *sgt,
+			   enum dma_data_direction direction)
 {
 	struct bufshare_buffer *buffer = attach->dmabuf->priv;
 	struct bufshare_attachment *a = attach->priv;
@@ -110,7 +96,7 @@ static void bufshare_buffer_unmap(struct dma_buf_attachment *attach, struct sg_t
 	dma_unmap_sgtable(attach->dev, sgt, direction, 0);
 }
 
-static int bufshare_buffer_begin(struct dma_buf *dmabuf, enum dma_data_direction direction)
+int bufshare_buffer_begin(struct dma_buf *dmabuf, enum dma_data_direction direction)
 {
 	struct bufshare_buffer *buffer = dmabuf->priv;
 	struct bufshare_attachment *a;
@@ -126,7 +112,7 @@ static int bufshare_buffer_begin(struct dma_buf *dmabuf, enum dma_data_direction
 	return 0;
 }
 
-static int bufshare_buffer_end(struct dma_buf *dmabuf, enum dma_data_direction direction)
+int bufshare_buffer_end(struct dma_buf *dmabuf, enum dma_data_direction direction)
 {
 	struct bufshare_buffer *buffer = dmabuf->priv;
 	struct bufshare_attachment *a;
@@ -191,7 +177,7 @@ static void *bufshare_buffer_kmap(struct bufshare_buffer *buffer, unsigned int c
 	return vaddr;
 }
 
-static int bufshare_buffer_vmap(struct dma_buf *dmabuf, struct iosys_map *map)
+int bufshare_buffer_vmap(struct dma_buf *dmabuf, struct iosys_map *map)
 {
 	struct bufshare_buffer *buffer = dmabuf->priv;
 	int ret = 0;
@@ -209,7 +195,7 @@ static int bufshare_buffer_vmap(struct dma_buf *dmabuf, struct iosys_map *map)
 	return ret;
 }
 
-static void bufshare_buffer_vunmap(struct dma_buf *dmabuf, struct iosys_map *map)
+void bufshare_buffer_vunmap(struct dma_buf *dmabuf, struct iosys_map *map)
 {
 	struct bufshare_buffer *buffer = dmabuf->priv;
 
@@ -222,7 +208,11 @@ static void bufshare_buffer_vunmap(struct dma_buf *dmabuf, struct iosys_map *map
 	iosys_map_clear(map);
 }
 
-static void bufshare_buffer_free(struct bufshare_buffer *buffer)
+/**
+ * bufshare_buffer_fini() - free the memory
+ * @buffer: from bufshare_buffer_init()
+ */
+void bufshare_buffer_fini(struct bufshare_buffer *buffer)
 {
 	struct scatterlist *sg;
 	int i;
@@ -231,12 +221,12 @@ static void bufshare_buffer_free(struct bufshare_buffer *buffer)
 		__free_pages(sg_page(sg), get_order(sg->length));
 	sg_free_table(&buffer->sgt);
 	mutex_destroy(&buffer->lock);
-	kfree(buffer);
 }
 
 static void bufshare_buffer_release(struct dma_buf *dmabuf)
 {
-	bufshare_buffer_free(dmabuf->priv);
+	bufshare_buffer_fini(dmabuf->priv);
+	kfree(dmabuf->priv);
 }
 
 static const struct dma_buf_ops bufshare_buffer_ops = {
@@ -320,6 +310,32 @@ free:
 }
 
 /**
+ * bufshare_buffer_init() - allocate zeroed memory
+ * @buffer: what is to hold it, zeroed
+ * @size: bytes, a multiple of @granule
+ * @granule: alignment and least size of its pieces, a power of two
+ *
+ * Context: Process context.
+ * Return: 0 or a negative error.
+ */
+int bufshare_buffer_init(struct bufshare_buffer *buffer, u64 size, u32 granule)
+{
+	int ret;
+
+	if (!size || !IS_ALIGNED(size, max_t(u32, granule, PAGE_SIZE)) ||
+	    get_order(granule) > MAX_PAGE_ORDER)
+		return -EINVAL;
+	if (size >> PAGE_SHIFT > totalram_pages())
+		return -ENOMEM;
+	ret = bufshare_buffer_fill(buffer, size, get_order(granule));
+	if (ret)
+		return ret;
+	mutex_init(&buffer->lock);
+	INIT_LIST_HEAD(&buffer->attachments);
+	return 0;
+}
+
+/**
  * bufshare_buffer_new() - allocate zeroed memory as a dma-buf
  * @size: bytes, a multiple of @granule
  * @granule: alignment and least size of its pieces, a power of two
@@ -334,19 +350,11 @@ struct dma_buf *bufshare_buffer_new(u64 size, u32 granule)
 	struct dma_buf *dmabuf;
 	int ret;
 
-	if (!size || !IS_ALIGNED(size, max_t(u32, granule, PAGE_SIZE)) ||
-	    get_order(granule) > MAX_PAGE_ORDER)
-		return ERR_PTR(-EINVAL);
-	if (size >> PAGE_SHIFT > totalram_pages())
-		return ERR_PTR(-ENOMEM);
 	buffer = kzalloc_obj(*buffer, GFP_KERNEL_ACCOUNT);
 	if (!buffer)
 		return ERR_PTR(-ENOMEM);
-	mutex_init(&buffer->lock);
-	INIT_LIST_HEAD(&buffer->attachments);
-	ret = bufshare_buffer_fill(buffer, size, get_order(granule));
+	ret = bufshare_buffer_init(buffer, size, granule);
 	if (ret) {
-		mutex_destroy(&buffer->lock);
 		kfree(buffer);
 		return ERR_PTR(ret);
 	}
@@ -356,8 +364,10 @@ struct dma_buf *bufshare_buffer_new(u64 size, u32 granule)
 	info.flags = O_RDWR | O_CLOEXEC;
 	info.priv = buffer;
 	dmabuf = dma_buf_export(&info);
-	if (IS_ERR(dmabuf))
-		bufshare_buffer_free(buffer);
+	if (IS_ERR(dmabuf)) {
+		bufshare_buffer_fini(buffer);
+		kfree(buffer);
+	}
 	return dmabuf;
 }
 

@@ -34,7 +34,17 @@ union bufshare_arg {
 	struct bufshare_query query;
 	struct bufshare_release release;
 	struct bufshare_peer peer;
+	struct bufshare_attach attach;
+	struct bufshare_offer offer;
 };
+
+/* Why nothing will ever come any more, or 0. */
+static int bufshare_file_error(struct bufshare_file *file)
+{
+	if (READ_ONCE(file->bs->session) != file->session)
+		return -ENODEV;
+	return READ_ONCE(file->bs->dead) ? -EIO : 0;
+}
 
 static int bufshare_ioc_info(struct bufshare_file *file, struct bufshare_info *arg)
 {
@@ -60,6 +70,9 @@ static int bufshare_ioc_info(struct bufshare_file *file, struct bufshare_info *a
 			.max_waits = config->max_waits,
 			.features = bs->features,
 			.quarantined = bufshare_loans_quarantined(),
+			.max_attachments = config->max_attachments,
+			.window = bs->window.len,
+			.max_mappings = READ_ONCE(config->max_mappings),
 		};
 		ret = 0;
 	}
@@ -134,6 +147,7 @@ static int bufshare_export_memory(struct bufshare_file *file, struct bufshare_lo
 		if (!memory)
 			return -ENOENT;
 		loan->size = arg->size;
+		loan->offset = arg->offset;
 	} else {
 		dmabuf = dma_buf_get(arg->fd);
 		if (IS_ERR(dmabuf))
@@ -224,32 +238,48 @@ static int bufshare_ioc_grant(struct bufshare_file *file, struct bufshare_grant 
 }
 
 /* Before the content is declared complete, the devices of this guest must have completed it. */
-static int bufshare_sync_fences(struct bufshare_file *file, const struct bufshare_sync *arg)
+static int bufshare_sync_fences(struct bufshare_file *file, const struct bufshare_sync *arg,
+				struct dma_buf *dmabuf)
 {
 	u64 max_ns = (u64)file->bs->config.max_wait_ms * NSEC_PER_MSEC;
-	struct bufshare_loan *loan;
-	struct dma_buf *dmabuf;
 	unsigned long timeout;
 	int ret;
 
-	loan = bufshare_loan_find(file, arg->handle, &dmabuf);
-	if (!loan)
-		return -ENOENT;
 	timeout = nsecs_to_jiffies(arg->timeout_ns ? min(arg->timeout_ns, max_ns) : max_ns);
 	if (arg->flags & BUFSHARE_SYNC_F_NONBLOCK)
 		timeout = 0;
 	ret = bufshare_memory_finish(dmabuf, !(arg->flags & BUFSHARE_SYNC_F_READ), timeout);
 	if (ret == -ETIMEDOUT && !timeout)
 		ret = -EAGAIN;
-	dma_buf_put(dmabuf);
-	bufshare_loan_put(loan);
 	return ret;
+}
+
+/* The dma-buf behind an export or attachment of a file, and which of the two it is. */
+static int bufshare_sync_find(struct bufshare_file *file, u64 handle, struct dma_buf **dmabuf,
+			      struct bufshare_import **import)
+{
+	struct bufshare_loan *loan = bufshare_loan_find(file, handle, dmabuf);
+
+	if (loan) {
+		bufshare_loan_put(loan);
+		return 0;
+	}
+	*import = bufshare_import_find(file, handle);
+	if (!*import)
+		return bufshare_file_error(file) ?: -ENOENT;
+	*dmabuf = bufshare_view_get(*import);
+	if (*dmabuf)
+		return 0;
+	bufshare_import_put(*import);
+	return -ENOENT;
 }
 
 static int bufshare_ioc_sync(struct bufshare_file *file, struct bufshare_sync *arg, bool nonblock)
 {
 	const u32 access = BUFSHARE_SYNC_F_READ | BUFSHARE_SYNC_F_WRITE;
+	struct bufshare_import *import = NULL;
 	struct bufshare_loan *loan;
+	struct dma_buf *dmabuf;
 	int ret;
 
 	if (arg->flags & ~(BUFSHARE_SYNC_F_END | BUFSHARE_SYNC_F_NONBLOCK | access) ||
@@ -257,17 +287,26 @@ static int bufshare_ioc_sync(struct bufshare_file *file, struct bufshare_sync *a
 		return -EINVAL;
 	if (nonblock)
 		arg->flags |= BUFSHARE_SYNC_F_NONBLOCK;
-	if (arg->flags & BUFSHARE_SYNC_F_END) {
-		/* Outside bufshare_enter(): a removal need not wait for these devices. */
-		ret = bufshare_sync_fences(file, arg);
-		if (ret)
-			return ret;
+	ret = bufshare_sync_find(file, arg->handle, &dmabuf, &import);
+	if (ret)
+		return ret;
+	/* Outside bufshare_enter(): a removal need not wait for these devices. */
+	if (arg->flags & BUFSHARE_SYNC_F_END)
+		ret = bufshare_sync_fences(file, arg, dmabuf);
+	if (ret)
+		goto put;
+	if (import) {
+		ret = bufshare_import_sync(import, arg, true);
+		goto put;
 	}
 	ret = bufshare_enter_loan(file, arg->handle, &loan);
 	if (ret)
-		return ret;
+		goto put;
 	ret = bufshare_req_sync(file->bs, arg);
 	bufshare_leave_loan(file, loan);
+put:
+	bufshare_import_put(import);
+	dma_buf_put(dmabuf);
 	return ret;
 }
 
@@ -287,14 +326,22 @@ static int bufshare_ioc_set_name(struct bufshare_file *file, struct bufshare_nam
 static int bufshare_ioc_query(struct bufshare_file *file, struct bufshare_query *arg)
 {
 	struct virtio_bufshare_resp_state resp;
+	struct bufshare_import *import = NULL;
 	struct bufshare_loan *loan;
 	int ret;
 
 	if (arg->reserved)
 		return -EINVAL;
-	ret = bufshare_enter_loan(file, arg->handle, &loan);
+	ret = bufshare_enter(file->bs, file->session);
 	if (ret)
 		return ret;
+	loan = bufshare_loan_find(file, arg->handle, NULL);
+	if (!loan)
+		import = bufshare_import_find(file, arg->handle);
+	if (!loan && !import) {
+		ret = -ENOENT;
+		goto leave;
+	}
 	ret = bufshare_req_query(file->bs, VIRTIO_BUFSHARE_QUERY, arg->handle, &resp);
 	if (!ret) {
 		arg->state = le32_to_cpu(resp.state);
@@ -304,9 +351,12 @@ static int bufshare_ioc_query(struct bufshare_file *file, struct bufshare_query 
 		arg->size = le64_to_cpu(resp.size);
 		arg->generation = le64_to_cpu(resp.generation);
 		memcpy(arg->uuid, resp.uuid, sizeof(arg->uuid));
-		arg->mode = loan->mode;
+		arg->mode = loan ? loan->mode : import->mode;
 	}
-	bufshare_leave_loan(file, loan);
+	bufshare_import_put(import);
+	bufshare_loan_put(loan);
+leave:
+	bufshare_leave(file->bs);
 	return ret;
 }
 
@@ -380,20 +430,17 @@ static long bufshare_ioctl(struct file *filp, unsigned int cmd, unsigned long ad
 	case BUFSHARE_IOC_PEER:
 		ret = bufshare_ioc_peer(file, &arg.peer);
 		break;
+	case BUFSHARE_IOC_ATTACH:
+		return bufshare_ioc_attach(file, user, &arg.attach);
+	case BUFSHARE_IOC_OFFER:
+		ret = bufshare_ioc_offer(file, &arg.offer);
+		break;
 	default:
 		return -ENOTTY;
 	}
 	if (!ret && _IOC_DIR(cmd) & _IOC_READ && copy_to_user(user, &arg, _IOC_SIZE(cmd)))
 		ret = -EFAULT;
 	return ret;
-}
-
-/* Why nothing will ever come any more, or 0. */
-static int bufshare_file_error(struct bufshare_file *file)
-{
-	if (READ_ONCE(file->bs->session) != file->session)
-		return -ENODEV;
-	return READ_ONCE(file->bs->dead) ? -EIO : 0;
 }
 
 static ssize_t bufshare_read(struct file *filp, char __user *buf, size_t len, loff_t *pos)
@@ -453,6 +500,7 @@ static int bufshare_open(struct inode *inode, struct file *filp)
 		return -ENODEV;
 	}
 	INIT_LIST_HEAD(&file->loans);
+	INIT_LIST_HEAD(&file->imports);
 	INIT_LIST_HEAD(&file->news);
 	init_waitqueue_head(&file->wait);
 	bufshare_file_add(file);
@@ -488,7 +536,7 @@ static void bufshare_dev_release(struct device *dev)
  * bufshare_chardev_new() - allocate a device, to be freed by put_device()
  * @parent: the virtio device
  *
- * Return: a device of which only @dev, @users and @files are initialized, or an error.
+ * Return: a device of which only @dev, @users and its lists are initialized, or an error.
  */
 struct bufshare *bufshare_chardev_new(struct device *parent)
 {
@@ -497,6 +545,9 @@ struct bufshare *bufshare_chardev_new(struct device *parent)
 	if (!bs)
 		return ERR_PTR(-ENOMEM);
 	INIT_LIST_HEAD(&bs->files);
+	INIT_LIST_HEAD(&bs->imports);
+	INIT_LIST_HEAD(&bs->kept);
+	xa_init_flags(&bs->offers, XA_FLAGS_ALLOC1);
 	init_rwsem(&bs->users);
 	device_initialize(&bs->dev);
 	bs->dev.class = &bufshare_class;

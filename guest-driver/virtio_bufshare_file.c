@@ -1,13 +1,27 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
  * virtio_bufshare: what an open file is told, and what it owns. Events are states: one record for
- * each kind and loan, the latest, in memory that is there since the export. So none is lost,
- * however late they are read.
+ * each kind and export or attachment, the latest, in memory that is there since EXPORT or ATTACH.
+ * So none is lost, however late they are read. Of peers and offers a few are kept; RESYNC tells
+ * that there were more.
  */
 #include <linux/poll.h>
 #include <linux/spinlock.h>
+#include <linux/string.h>
 
 #include "virtio_bufshare.h"
+
+/**
+ * bufshare_inbox_close() - nobody is to be told any more
+ * @inbox: of an export or attachment
+ *
+ * Context: Under the loan lock.
+ */
+void bufshare_inbox_close(struct bufshare_inbox *inbox)
+{
+	list_del_init(&inbox->node);
+	inbox->file = NULL;
+}
 
 /**
  * bufshare_loan_leave_file() - take a loan away from its file
@@ -18,34 +32,33 @@
  */
 bool bufshare_loan_leave_file(struct bufshare_loan *loan)
 {
-	if (!loan->file)
+	if (!loan->inbox.file)
 		return false;
 	list_del(&loan->file_node);
-	list_del_init(&loan->news_node);
-	loan->file = NULL;
+	bufshare_inbox_close(&loan->inbox);
 	return true;
 }
 
 /**
- * bufshare_loan_news() - note an event for the file of a loan
- * @loan: the loan
+ * bufshare_inbox_put() - note an event for the file of an export or attachment
+ * @inbox: of the export or attachment
  * @kind: of @event
  * @event: replaces an earlier one of this kind
  *
  * Context: Under the loan lock.
  */
-void bufshare_loan_news(struct bufshare_loan *loan, enum bufshare_news kind,
+void bufshare_inbox_put(struct bufshare_inbox *inbox, enum bufshare_news kind,
 			const struct bufshare_event *event)
 {
-	if (!loan->file)
+	if (!inbox->file)
 		return;
-	loan->events[kind] = *event;
-	if (kind == BUFSHARE_NEWS_RELEASED)
-		loan->news = 0; /* the last event of a handle */
-	loan->news |= BIT(kind);
-	if (list_empty(&loan->news_node))
-		list_add_tail(&loan->news_node, &loan->file->news);
-	wake_up_poll(&loan->file->wait, EPOLLIN);
+	inbox->events[kind] = *event;
+	if (kind == BUFSHARE_NEWS_LAST)
+		inbox->news = 0;
+	inbox->news |= BIT(kind);
+	if (list_empty(&inbox->node))
+		list_add_tail(&inbox->node, &inbox->file->news);
+	wake_up_poll(&inbox->file->wait, EPOLLIN);
 }
 
 static void bufshare_file_peer(struct bufshare_file *file, const struct bufshare_event *event)
@@ -64,6 +77,22 @@ static void bufshare_file_peer(struct bufshare_file *file, const struct bufshare
 	}
 }
 
+static void bufshare_file_offer(struct bufshare_file *file, const struct bufshare_event *event)
+{
+	unsigned int i;
+
+	for (i = 0; i < file->nr_offers; i++) {
+		if (!memcmp(file->offers[i].uuid, event->uuid, sizeof(event->uuid)))
+			break;
+	}
+	if (i == BUFSHARE_FILE_OFFERS) {
+		file->resync = true;
+	} else {
+		file->offers[i] = *event;
+		file->nr_offers = max(file->nr_offers, i + 1);
+	}
+}
+
 /**
  * bufshare_loans_event() - tell an event to whom it concerns
  * @bs: the device
@@ -75,16 +104,21 @@ void bufshare_loans_event(struct bufshare *bs, const struct bufshare_event *even
 {
 	struct bufshare_loan *loan = NULL;
 	struct bufshare_file *file;
+	bool import = false;
 
 	spin_lock(&bufshare_loan_lock);
 	switch (event->type) {
 	case BUFSHARE_EVENT_PEER:
+	case BUFSHARE_EVENT_OFFERED:
+	case BUFSHARE_EVENT_WITHDRAWN:
 	case BUFSHARE_EVENT_RESYNC:
 		list_for_each_entry(file, &bs->files, node) {
 			if (event->type == BUFSHARE_EVENT_PEER)
 				bufshare_file_peer(file, event);
-			else
+			else if (event->type == BUFSHARE_EVENT_RESYNC)
 				file->resync = true;
+			else
+				bufshare_file_offer(file, event);
 			wake_up_poll(&file->wait, EPOLLIN);
 		}
 		break;
@@ -92,18 +126,23 @@ void bufshare_loans_event(struct bufshare *bs, const struct bufshare_event *even
 	case BUFSHARE_EVENT_IDLE:
 	case BUFSHARE_EVENT_BUSY:
 	case BUFSHARE_EVENT_CHANGED:
+	case BUFSHARE_EVENT_REVOKED:
 		loan = bufshare_loan_lookup(bs, READ_ONCE(bs->session), event->handle);
-		if (!loan)
+		if (!loan) {
+			import = true;
 			break;
+		}
 		kref_get(&loan->ref);
 		if (event->type == BUFSHARE_EVENT_CHANGED)
-			bufshare_loan_news(loan, BUFSHARE_NEWS_CHANGED, event);
-		else if (event->type != BUFSHARE_EVENT_RELEASED)
-			bufshare_loan_news(loan, BUFSHARE_NEWS_USE, event);
+			bufshare_inbox_put(&loan->inbox, BUFSHARE_NEWS_CHANGED, event);
+		else if (event->type == BUFSHARE_EVENT_IDLE || event->type == BUFSHARE_EVENT_BUSY)
+			bufshare_inbox_put(&loan->inbox, BUFSHARE_NEWS_USE, event);
 		break;
 	}
 	spin_unlock(&bufshare_loan_lock);
 
+	if (import)
+		bufshare_imports_event(bs, event);
 	if (loan && event->type == BUFSHARE_EVENT_RELEASED)
 		bufshare_loan_end(loan, event);
 	bufshare_loan_put(loan);
@@ -121,18 +160,19 @@ void bufshare_file_add(struct bufshare_file *file)
 }
 
 /**
- * bufshare_file_close() - a file is closed: release its exports
+ * bufshare_file_close() - a file is closed: release its exports, end its brackets
  * @file: the file
  *
  * Context: Process context, outside bufshare_enter().
  */
 void bufshare_file_close(struct bufshare_file *file)
 {
-	bool alive = !bufshare_enter(file->bs, file->session);
 	struct bufshare_loan *loan;
-	bool live;
+	bool alive, live;
 	u32 state;
 
+	bufshare_imports_close(file);
+	alive = !bufshare_enter(file->bs, file->session);
 	spin_lock(&bufshare_loan_lock);
 	list_del(&file->node);
 	while ((loan = list_first_entry_or_null(&file->loans, struct bufshare_loan, file_node))) {
@@ -160,7 +200,7 @@ bool bufshare_file_readable(struct bufshare_file *file)
 	bool ret;
 
 	spin_lock(&bufshare_loan_lock);
-	ret = file->resync || file->nr_peers || !list_empty(&file->news);
+	ret = file->resync || file->nr_peers || file->nr_offers || !list_empty(&file->news);
 	spin_unlock(&bufshare_loan_lock);
 	return ret;
 }
@@ -175,11 +215,12 @@ bool bufshare_file_readable(struct bufshare_file *file)
 bool bufshare_file_next(struct bufshare_file *file, struct bufshare_event *event)
 {
 	struct bufshare_loan *loan, *over = NULL;
+	struct bufshare_inbox *inbox;
 	bool ret = true;
 	unsigned int kind;
 
 	spin_lock(&bufshare_loan_lock);
-	loan = list_first_entry_or_null(&file->news, struct bufshare_loan, news_node);
+	inbox = list_first_entry_or_null(&file->news, struct bufshare_inbox, node);
 	if (file->resync) {
 		file->resync = false;
 		*event = (struct bufshare_event) {
@@ -189,14 +230,19 @@ bool bufshare_file_next(struct bufshare_file *file, struct bufshare_event *event
 		};
 	} else if (file->nr_peers) {
 		*event = file->peers[--file->nr_peers];
-	} else if (loan) {
-		kind = __ffs(loan->news);
-		*event = loan->events[kind];
-		loan->news &= ~BIT(kind);
-		if (!loan->news)
-			list_del_init(&loan->news_node);
-		if (kind == BUFSHARE_NEWS_RELEASED && bufshare_loan_leave_file(loan))
-			over = loan;
+	} else if (file->nr_offers) {
+		*event = file->offers[--file->nr_offers];
+	} else if (inbox) {
+		kind = __ffs(inbox->news);
+		*event = inbox->events[kind];
+		inbox->news &= ~BIT(kind);
+		if (!inbox->news)
+			list_del_init(&inbox->node);
+		if (event->type == BUFSHARE_EVENT_RELEASED) {
+			loan = container_of(inbox, struct bufshare_loan, inbox);
+			if (bufshare_loan_leave_file(loan))
+				over = loan;
+		}
 	} else {
 		ret = false;
 	}

@@ -79,12 +79,12 @@ struct bufshare_loan *bufshare_loan_new(struct bufshare_file *file)
 	kref_get(&loan->ref); /* the list's */
 	kref_get(&loan->ref); /* the file's */
 	INIT_HLIST_NODE(&loan->hash);
-	INIT_LIST_HEAD(&loan->news_node);
+	INIT_LIST_HEAD(&loan->inbox.node);
 	loan->bs = bs;
 	loan->session = file->session;
 	loan->peer_id = bs->config.peer_id;
 	loan->epoch = bs->config.epoch;
-	loan->file = file;
+	loan->inbox.file = file;
 	get_task_comm(loan->owner, current);
 
 	spin_lock(&bufshare_loan_lock);
@@ -158,7 +158,7 @@ void bufshare_loan_end(struct bufshare_loan *loan, const struct bufshare_event *
 	list_del(&loan->node);
 	hash_del(&loan->hash);
 	if (event)
-		bufshare_loan_news(loan, BUFSHARE_NEWS_RELEASED, event);
+		bufshare_inbox_put(&loan->inbox, BUFSHARE_NEWS_LAST, event);
 	else
 		left = bufshare_loan_leave_file(loan);
 	memory = loan->memory;
@@ -219,7 +219,7 @@ struct bufshare_loan *bufshare_loan_find(struct bufshare_file *file, u64 handle,
 
 	spin_lock(&bufshare_loan_lock);
 	loan = bufshare_loan_lookup(file->bs, file->session, handle);
-	if (loan && loan->file != file)
+	if (loan && loan->inbox.file != file)
 		loan = NULL;
 	if (loan) {
 		kref_get(&loan->ref);
@@ -230,6 +230,42 @@ struct bufshare_loan *bufshare_loan_find(struct bufshare_file *file, u64 handle,
 	}
 	spin_unlock(&bufshare_loan_lock);
 	return loan;
+}
+
+/**
+ * bufshare_loan_own() - an export of this guest by its UUID
+ * @bs: the device
+ * @session: of the device
+ * @arg: in: the UUID; out, if it is found: what it is
+ *
+ * Return: a counted reference to its dma-buf, or NULL if it is none of this guest.
+ */
+struct dma_buf *bufshare_loan_own(struct bufshare *bs, u32 session, struct bufshare_attach *arg)
+{
+	struct dma_buf *dmabuf = NULL;
+	struct bufshare_loan *loan;
+
+	spin_lock(&bufshare_loan_lock);
+	list_for_each_entry(loan, &bufshare_loans, node) {
+		if (loan->bs != bs || loan->session != session ||
+		    loan->state != BUFSHARE_LOAN_LIVE ||
+		    memcmp(loan->uuid, arg->uuid, sizeof(arg->uuid)))
+			continue;
+		dmabuf = bufshare_memory_dmabuf(loan->memory);
+		get_dma_buf(dmabuf);
+		arg->mode = BUFSHARE_MODE_ZERO_COPY;
+		arg->handle = 0;
+		arg->offset = loan->offset;
+		arg->size = loan->size;
+		arg->generation = 0;
+		arg->exporter = loan->peer_id;
+		arg->metadata_type = 0;
+		arg->metadata_len = 0;
+		memset(arg->name, 0, sizeof(arg->name));
+		break;
+	}
+	spin_unlock(&bufshare_loan_lock);
+	return dmabuf;
 }
 
 /**
@@ -247,7 +283,7 @@ struct bufshare_memory *bufshare_loan_share(struct bufshare_file *file, u64 hand
 
 	spin_lock(&bufshare_loan_lock);
 	loan = bufshare_loan_lookup(file->bs, file->session, handle);
-	if (loan && loan->file == file) {
+	if (loan && loan->inbox.file == file) {
 		memory = bufshare_memory_share(loan->memory);
 		memcpy(uuid, loan->uuid, sizeof(loan->uuid));
 	}

@@ -6,7 +6,7 @@
  * (see <linux/bufshare.h>). Build: make KDIR=/lib/modules/VERSION/build, for Linux 6.12 and 7.2.
  *
  * Not supported: packed rings and VIRTIO_F_ACCESS_PLATFORM (the device does not offer them),
- * import of buffers of others, timelines, and migration or hibernation while a buffer is live:
+ * timelines, and migration or hibernation while a buffer is live:
  * suspending ends the session and voids all rights to its exports.
  *
  * This file: sessions (from a reset to the next), events, and what the bus asks for.
@@ -75,6 +75,7 @@ static void bufshare_read_config(struct bufshare *bs)
 	virtio_cread_le(vdev, struct virtio_bufshare_config, max_buffer_size, &c->max_buffer_size);
 	virtio_cread_le(vdev, struct virtio_bufshare_config, max_total_size, &c->max_total_size);
 	virtio_cread_le(vdev, struct virtio_bufshare_config, max_exports, &c->max_exports);
+	virtio_cread_le(vdev, struct virtio_bufshare_config, max_attachments, &c->max_attachments);
 	virtio_cread_le(vdev, struct virtio_bufshare_config, max_metadata, &c->max_metadata);
 	virtio_cread_le(vdev, struct virtio_bufshare_config, event_size, &c->event_size);
 	virtio_cread_le(vdev, struct virtio_bufshare_config, max_wait_ms, &c->max_wait_ms);
@@ -84,11 +85,13 @@ static void bufshare_read_config(struct bufshare *bs)
 /* What may change while a session lasts. Returns whether nothing of earlier sessions lingers. */
 static bool bufshare_read_state(struct bufshare *bs)
 {
-	u32 epoch, lingering;
+	u32 epoch, lingering, max_mappings;
 
 	virtio_cread_le(bs->vdev, struct virtio_bufshare_config, epoch, &epoch);
 	virtio_cread_le(bs->vdev, struct virtio_bufshare_config, lingering, &lingering);
+	virtio_cread_le(bs->vdev, struct virtio_bufshare_config, max_mappings, &max_mappings);
 	WRITE_ONCE(bs->config.epoch, epoch);
+	WRITE_ONCE(bs->config.max_mappings, max_mappings);
 	WRITE_ONCE(bs->config.lingering, lingering);
 	return !lingering;
 }
@@ -174,7 +177,10 @@ static void bufshare_event_work(struct work_struct *work)
 			resync = true;
 			if (bufshare_read_state(bs))
 				bufshare_loans_settle(bs);
+			bufshare_offers_forget(bs);
 		}
+		if (event.type == BUFSHARE_EVENT_OFFERED || event.type == BUFSHARE_EVENT_WITHDRAWN)
+			bufshare_offers_event(bs, &event);
 		bufshare_loans_event(bs, &event);
 	}
 	mutex_unlock(&bs->export_lock);
@@ -246,6 +252,9 @@ static void bufshare_stop_queues(struct bufshare *bs)
 	bufshare_queue_empty(&bs->sync);
 	bs->vdev->config->del_vqs(bs->vdev);
 	bufshare_free_event_bufs(bs);
+	bufshare_imports_forget(bs);
+	bufshare_offers_forget(bs);
+	bufshare_window_exit(&bs->window);
 }
 
 /**
@@ -272,9 +281,16 @@ static int bufshare_session_start(struct bufshare *bs)
 	ret = bufshare_check_config(bs);
 	if (ret)
 		return ret;
+	if (virtio_has_feature(bs->vdev, VIRTIO_BUFSHARE_F_WINDOW)) {
+		ret = bufshare_window_init(&bs->window, bs->vdev, bs->config.granule);
+		if (ret)
+			return ret;
+	}
 	ret = virtio_find_vqs(bs->vdev, ARRAY_SIZE(vqs), vqs, infos, NULL);
-	if (ret)
+	if (ret) {
+		bufshare_window_exit(&bs->window);
 		return ret;
+	}
 	bs->control.vq = vqs[VIRTIO_BUFSHARE_VQ_CONTROL];
 	bs->event.vq = vqs[VIRTIO_BUFSHARE_VQ_EVENT];
 	bs->sync.vq = vqs[VIRTIO_BUFSHARE_VQ_SYNC];
@@ -328,6 +344,7 @@ static void bufshare_session_end(struct bufshare *bs)
 	bufshare_queue_abort(&bs->sync);
 	down_write(&bs->users);
 	if (bs->session) {
+		bufshare_imports_end(bs);
 		bufshare_loans_force(bs);
 		flush_work(&bs->event_work);
 		WRITE_ONCE(bs->session, 0);
@@ -347,13 +364,33 @@ static int bufshare_reboot(struct notifier_block *nb, unsigned long action, void
 	WRITE_ONCE(bs->closing, true);
 	bufshare_queue_abort(&bs->sync);
 	down_write(&bs->users);
-	if (bs->session)
+	if (bs->session) {
+		bufshare_imports_end(bs);
 		bufshare_loans_force(bs);
+	}
 	up_write(&bs->users);
 	return NOTIFY_DONE;
 }
 
 /* ---- the driver ---- */
+
+/* Drops what lacks something that it needs. */
+static int bufshare_validate(struct virtio_device *vdev)
+{
+	static const unsigned int importers[] = {
+		VIRTIO_BUFSHARE_F_WINDOW, VIRTIO_BUFSHARE_F_COPY,
+	};
+	struct virtio_shm_region region;
+	unsigned int i;
+
+	if (!bufshare_window_find(vdev, &region))
+		__virtio_clear_bit(vdev, VIRTIO_BUFSHARE_F_WINDOW);
+	if (virtio_has_feature(vdev, VIRTIO_BUFSHARE_F_IMPORT))
+		return 0;
+	for (i = 0; i < ARRAY_SIZE(importers); i++)
+		__virtio_clear_bit(vdev, importers[i]);
+	return 0;
+}
 
 static int bufshare_probe(struct virtio_device *vdev)
 {
@@ -431,6 +468,9 @@ static const struct virtio_device_id bufshare_ids[] = {
 MODULE_DEVICE_TABLE(virtio, bufshare_ids);
 
 static const unsigned int bufshare_features[] = {
+	VIRTIO_BUFSHARE_F_IMPORT,
+	VIRTIO_BUFSHARE_F_WINDOW,
+	VIRTIO_BUFSHARE_F_COPY,
 	VIRTIO_BUFSHARE_F_PEERS,
 };
 
@@ -439,6 +479,7 @@ static struct virtio_driver bufshare_driver = {
 	.id_table = bufshare_ids,
 	.feature_table = bufshare_features,
 	.feature_table_size = ARRAY_SIZE(bufshare_features),
+	.validate = bufshare_validate,
 	.probe = bufshare_probe,
 	.remove = bufshare_remove,
 	.freeze = pm_sleep_ptr(bufshare_freeze),

@@ -43,13 +43,20 @@ static void bufshare_invalidate(struct dma_buf_attachment *attach)
 	bufshare_loans_revoke();
 }
 
+#if LINUX_VERSION_CODE < KERNEL_VERSION(7, 0, 0)
+#define invalidate_mappings move_notify
+#endif
+
+/* Others are to move their memory to where a device of this guest can reach it. */
 static const struct dma_buf_attach_ops bufshare_attach_ops = {
 	.allow_peer2peer = false,
-#if LINUX_VERSION_CODE >= KERNEL_VERSION(7, 0, 0)
 	.invalidate_mappings = bufshare_invalidate,
-#else
-	.move_notify = bufshare_invalidate,
-#endif
+};
+
+/* An import in the window cannot move: let the device say that it is not to be shared. */
+static const struct dma_buf_attach_ops bufshare_reattach_ops = {
+	.allow_peer2peer = true,
+	.invalidate_mappings = bufshare_invalidate,
 };
 
 static int bufshare_memory_attach(struct bufshare_memory *memory, struct device *dev)
@@ -62,7 +69,8 @@ static int bufshare_memory_attach(struct bufshare_memory *memory, struct device 
 	/* A bounce buffer is not the exporter's memory. */
 	if (is_swiotlb_force_bounce(dev))
 		return -EOPNOTSUPP;
-	attach = dma_buf_dynamic_attach(dmabuf, dev, &bufshare_attach_ops, memory);
+	attach = dma_buf_dynamic_attach(dmabuf, dev, bufshare_view_is(dmabuf) ?
+					&bufshare_reattach_ops : &bufshare_attach_ops, memory);
 	if (IS_ERR(attach))
 		return PTR_ERR(attach);
 
@@ -216,17 +224,19 @@ static int bufshare_segment(struct virtio_bufshare_segment *out, u32 max, u32 gr
 }
 
 /**
- * bufshare_memory_segments() - the memory as the device wants to hear it
- * @memory: the memory
+ * bufshare_segments() - memory as the device wants to hear it
+ * @sgt: the memory
+ * @dma: whether @sgt holds DMA addresses, else pages
+ * @size: bytes
  * @granule: of the device
  * @out: segments, or NULL only to count them
  * @max: how many there may be
  *
  * Return: the number of segments, -E2BIG if there are more than @max, -EINVAL if they are not
- * aligned or do not add up to the size of the dma-buf.
+ * aligned or do not add up to @size.
  */
-int bufshare_memory_segments(const struct bufshare_memory *memory, u32 granule,
-			     struct virtio_bufshare_segment *out, u32 max)
+int bufshare_segments(struct sg_table *sgt, bool dma, u64 size, u32 granule,
+		      struct virtio_bufshare_segment *out, u32 max)
 {
 	struct scatterlist *sg;
 	u64 total = 0, end = 0;
@@ -234,8 +244,8 @@ int bufshare_memory_segments(const struct bufshare_memory *memory, u32 granule,
 	int ret = 0;
 	int i;
 
-	if (memory->attach) {
-		for_each_sgtable_dma_sg(memory->sgt, sg, i) {
+	if (dma) {
+		for_each_sgtable_dma_sg(sgt, sg, i) {
 			ret = bufshare_segment(out, max, granule, &count, &end,
 					       sg_dma_address(sg), sg_dma_len(sg));
 			if (ret)
@@ -243,7 +253,7 @@ int bufshare_memory_segments(const struct bufshare_memory *memory, u32 granule,
 			total += sg_dma_len(sg);
 		}
 	} else {
-		for_each_sgtable_sg(memory->sgt, sg, i) {
+		for_each_sgtable_sg(sgt, sg, i) {
 			ret = bufshare_segment(out, max, granule, &count, &end,
 					       sg_phys(sg), sg->length);
 			if (ret)
@@ -251,7 +261,23 @@ int bufshare_memory_segments(const struct bufshare_memory *memory, u32 granule,
 			total += sg->length;
 		}
 	}
-	return total == memory->dmabuf->size ? count : -EINVAL;
+	return total == size ? count : -EINVAL;
+}
+
+/**
+ * bufshare_memory_segments() - the memory of an export as the device wants to hear it
+ * @memory: the memory
+ * @granule: of the device
+ * @out: segments, or NULL only to count them
+ * @max: how many there may be
+ *
+ * Return: as bufshare_segments().
+ */
+int bufshare_memory_segments(const struct bufshare_memory *memory, u32 granule,
+			     struct virtio_bufshare_segment *out, u32 max)
+{
+	return bufshare_segments(memory->sgt, memory->attach, memory->dmabuf->size, granule, out,
+				 max);
 }
 
 /**

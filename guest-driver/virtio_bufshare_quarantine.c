@@ -48,7 +48,7 @@ void bufshare_loans_settle(struct bufshare *bs)
 
 static bool bufshare_loan_quarantined(const struct bufshare_loan *loan)
 {
-	return !loan->file || !bufshare_loan_in_session(loan) || !loan->handle;
+	return !loan->inbox.file || !bufshare_loan_in_session(loan) || !loan->handle;
 }
 
 /**
@@ -97,12 +97,13 @@ static int bufshare_quarantine_show(struct seq_file *m, void *unused)
 DEFINE_SHOW_ATTRIBUTE(bufshare_quarantine);
 
 /**
- * bufshare_quarantine_init() - the debugfs file
+ * bufshare_quarantine_init() - the debugfs files
  */
 void bufshare_quarantine_init(void)
 {
 	bufshare_debugfs = debugfs_create_dir("bufshare", NULL);
 	debugfs_create_file("quarantine", 0400, bufshare_debugfs, NULL, &bufshare_quarantine_fops);
+	bufshare_imports_init(bufshare_debugfs);
 }
 
 /**

@@ -51,6 +51,7 @@ struct bufshare_msg *bufshare_msg_new(u32 req_len, u32 resp_len)
 	init_completion(&msg->done);
 	msg->req_len = req_len;
 	msg->resp_len = resp_len;
+	msg->resp_need = resp_len;
 	return msg;
 }
 
@@ -325,7 +326,7 @@ int bufshare_answer(struct bufshare *bs, const struct bufshare_msg *msg)
 {
 	if (msg->state != BUFSHARE_MSG_ANSWERED)
 		return READ_ONCE(bs->dead) ? -EIO : -ENODEV;
-	if (msg->status == VIRTIO_BUFSHARE_S_OK && msg->used < msg->resp_len)
+	if (msg->status == VIRTIO_BUFSHARE_S_OK && msg->used < msg->resp_need)
 		return -EIO;
 	return bufshare_errno(msg->status);
 }

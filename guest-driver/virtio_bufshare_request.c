@@ -12,10 +12,16 @@
 
 #include "virtio_bufshare.h"
 
-/* More than any virtqueue can carry; keeps the length of a request in an int. */
-#define BUFSHARE_MAX_SEGMENTS 1000000U
-
-static struct bufshare_msg *bufshare_req(u16 type, u16 flags, u32 req_len, u32 resp_len)
+/**
+ * bufshare_req() - a new message with its header
+ * @type: of the request
+ * @flags: of the request
+ * @req_len: bytes of the request
+ * @resp_len: bytes of a complete response
+ *
+ * Return: the message, or NULL.
+ */
+struct bufshare_msg *bufshare_req(u16 type, u16 flags, u32 req_len, u32 resp_len)
 {
 	struct bufshare_msg *msg = bufshare_msg_new(req_len, resp_len);
 	struct virtio_bufshare_req *hdr;

@@ -74,11 +74,7 @@ pub fn ioctl_with_bytes<T>(
 where
     T: FromBytes + IntoBytes + Immutable,
 {
-    let invalid = || io::Error::from_raw_os_error(libc::EINVAL);
-    let fields = arg.as_mut_bytes().get_mut(place..).and_then(|rest| rest.get_mut(..12));
-    let (address, len) = fields.ok_or_else(invalid)?.split_at_mut(8);
-    address.copy_from_slice(&(bytes.as_ptr() as u64).to_ne_bytes());
-    len.copy_from_slice(&u32::try_from(bytes.len()).map_err(io::Error::other)?.to_ne_bytes());
+    point_at(arg, place, bytes.as_ptr() as u64, bytes.len())?;
     ioctl_flat(fd, request, arg)
 }
 
@@ -106,6 +102,38 @@ where
     }
     // SAFETY: the request made this descriptor a moment ago, for its caller.
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// As [`ioctl_new_fd`], with room for bytes that the kernel writes: it finds the room's address in the u64
+/// at byte `room_place` of the argument and its size in the u32 after that.
+///
+/// EINVAL where the argument has no such fields, or the size does not fit a u32.
+pub fn ioctl_new_fd_with_room<T>(
+    fd: BorrowedFd<'_>,
+    request: u32,
+    arg: &mut T,
+    place: usize,
+    room_place: usize,
+    room: &mut [u8],
+) -> io::Result<OwnedFd>
+where
+    T: FromBytes + IntoBytes + Immutable,
+{
+    point_at(arg, room_place, room.as_mut_ptr() as u64, room.len())?;
+    ioctl_new_fd(fd, request, arg, place)
+}
+
+/// Enters an address and a number of bytes into an argument.
+fn point_at<T>(arg: &mut T, place: usize, address: u64, len: usize) -> io::Result<()>
+where
+    T: FromBytes + IntoBytes,
+{
+    let invalid = || io::Error::from_raw_os_error(libc::EINVAL);
+    let fields = arg.as_mut_bytes().get_mut(place..).and_then(|rest| rest.get_mut(..12));
+    let (to, count) = fields.ok_or_else(invalid)?.split_at_mut(8);
+    to.copy_from_slice(&address.to_ne_bytes());
+    count.copy_from_slice(&u32::try_from(len).map_err(io::Error::other)?.to_ne_bytes());
+    Ok(())
 }
 
 /// One entry of `struct udmabuf_create_list` (`include/uapi/linux/udmabuf.h`).

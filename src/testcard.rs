@@ -18,11 +18,13 @@ pub enum Pattern {
     Bar,
     /// The number of the frame in large digits.
     Counter,
+    /// The number of the frame in each pixel, mixed with its place: shows the smallest tear.
+    Stamp,
 }
 
 /// A name that is no [`Pattern`].
 #[derive(Debug, Error)]
-#[error("{0:?} is no pattern; card, bar and counter are")]
+#[error("{0:?} is no pattern; card, bar, counter and stamp are")]
 pub struct UnknownPattern(String);
 
 impl FromStr for Pattern {
@@ -33,6 +35,7 @@ impl FromStr for Pattern {
             "card" => Ok(Pattern::Card),
             "bar" => Ok(Pattern::Bar),
             "counter" => Ok(Pattern::Counter),
+            "stamp" => Ok(Pattern::Stamp),
             _ => Err(UnknownPattern(name.to_owned())),
         }
     }
@@ -44,6 +47,7 @@ impl fmt::Display for Pattern {
             Pattern::Card => "card",
             Pattern::Bar => "bar",
             Pattern::Counter => "counter",
+            Pattern::Stamp => "stamp",
         })
     }
 }
@@ -101,6 +105,7 @@ impl Picture {
             Pattern::Card => self.card(x, y),
             Pattern::Bar => self.bar(x, y),
             Pattern::Counter => self.counter(x, y),
+            Pattern::Stamp => self.stamp(x, y),
         }
     }
 
@@ -137,6 +142,31 @@ impl Picture {
         let digit = self.frame / 10u32.pow(place) % 10;
         let cells = DIGITS[digit as usize][row as usize - 1];
         if cells >> (3 - column % 4) & 1 == 1 { WHITE } else { ground }
+    }
+
+    fn stamp(&self, x: u32, y: u32) -> Rgb {
+        let place = y.wrapping_mul(self.width).wrapping_add(x).wrapping_mul(0x9e_3779);
+        let [_, red, green, blue] = (self.frame ^ place).to_be_bytes();
+        [red, green, blue]
+    }
+
+    /// The number of the frame, modulo 2^24, that these rows of pixels next to each other are of, where
+    /// they are a whole [`Pattern::Stamp`]; else the first byte that is of another frame than the first
+    /// pixel.
+    pub fn stamped(bytes: &[u8]) -> Result<u32, usize> {
+        let pixel = |bytes: &[u8]| match bytes {
+            [blue, green, red, _] => u32::from_be_bytes([0, *red, *green, *blue]),
+            _ => 0,
+        };
+        let frame = bytes.get(..4).map_or(0, pixel);
+        let mut place = 0u32;
+        for (index, bytes) in bytes.chunks_exact(4).enumerate() {
+            if pixel(bytes) != (frame ^ place) & 0xff_ffff {
+                return Err(index * 4);
+            }
+            place = place.wrapping_add(0x9e_3779);
+        }
+        Ok(frame)
     }
 
     /// Draws into `out`, whose rows begin every `stride` bytes. Bytes after the end of a row stay.
@@ -193,7 +223,7 @@ mod tests {
 
     #[test]
     fn frames_differ_and_repeat_themselves() {
-        for pattern in [Pattern::Bar, Pattern::Counter] {
+        for pattern in [Pattern::Bar, Pattern::Counter, Pattern::Stamp] {
             assert_ne!(picture(pattern, 1).bytes(), picture(pattern, 2).bytes(), "{pattern}");
             assert_eq!(picture(pattern, 9).bytes(), picture(pattern, 9).bytes(), "{pattern}");
         }
@@ -210,8 +240,22 @@ mod tests {
     }
 
     #[test]
+    fn a_stamp_tells_its_frame_and_each_tear() {
+        for frame in [0, 1, 77, 0xff_ffff] {
+            let stamp = picture(Pattern::Stamp, frame).bytes();
+            assert_eq!(Picture::stamped(&stamp), Ok(frame));
+            for torn in [4, 400, stamp.len() - 4] {
+                let mut bytes = stamp.clone();
+                let next = picture(Pattern::Stamp, frame + 1).bytes();
+                bytes[torn..].copy_from_slice(&next[torn..]);
+                assert_eq!(Picture::stamped(&bytes), Err(torn));
+            }
+        }
+    }
+
+    #[test]
     fn names_are_read_back() {
-        for pattern in [Pattern::Card, Pattern::Bar, Pattern::Counter] {
+        for pattern in [Pattern::Card, Pattern::Bar, Pattern::Counter, Pattern::Stamp] {
             assert_eq!(pattern.to_string().parse::<Pattern>().unwrap(), pattern);
         }
         assert!("cards".parse::<Pattern>().is_err());

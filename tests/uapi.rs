@@ -43,6 +43,9 @@ fn expected() -> Vec<(String, u64)> {
         max_waits,
         features,
         quarantined,
+        max_attachments,
+        window,
+        max_mappings,
         reserved
     );
     layout!("bufshare_alloc", Alloc, size, flags, fd, reserved);
@@ -84,6 +87,38 @@ fn expected() -> Vec<(String, u64)> {
     layout!("bufshare_release", Release, handle, flags, state);
     layout!("bufshare_peer", Peer, index, nr_peers, peer_id, flags, epoch, reserved, name);
     layout!(
+        "bufshare_attach",
+        Attach,
+        uuid,
+        flags,
+        access,
+        metadata,
+        metadata_len,
+        metadata_type,
+        fd,
+        mode,
+        handle,
+        offset,
+        size,
+        generation,
+        exporter,
+        reserved,
+        name,
+        reserved2
+    );
+    layout!(
+        "bufshare_offer",
+        Offer,
+        id,
+        peer_id,
+        uuid,
+        size,
+        generation,
+        access,
+        metadata_type,
+        reserved
+    );
+    layout!(
         "bufshare_event",
         Event,
         kind = "type",
@@ -113,6 +148,8 @@ fn expected() -> Vec<(String, u64)> {
         IOC_QUERY,
         IOC_RELEASE,
         IOC_PEER,
+        IOC_ATTACH,
+        IOC_OFFER,
         INFO_F_ALIVE,
         ACCESS_READ,
         ACCESS_WRITE,
@@ -120,6 +157,7 @@ fn expected() -> Vec<(String, u64)> {
         MODE_COPY,
         EXPORT_F_ZERO_COPY,
         EXPORT_F_PART,
+        ATTACH_F_ZERO_COPY,
         SYNC_F_END,
         SYNC_F_READ,
         SYNC_F_WRITE,
@@ -130,6 +168,9 @@ fn expected() -> Vec<(String, u64)> {
         EVENT_RELEASED,
         EVENT_IDLE,
         EVENT_BUSY,
+        EVENT_OFFERED,
+        EVENT_REVOKED,
+        EVENT_WITHDRAWN,
         EVENT_CHANGED,
         EVENT_PEER,
         EVENT_RESYNC

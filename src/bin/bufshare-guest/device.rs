@@ -6,7 +6,9 @@ use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use bufshare::ioctl::{Mapping, ioctl_flat, ioctl_new_fd, ioctl_with_bytes, iowr};
+use bufshare::ioctl::{
+    Mapping, ioctl_flat, ioctl_new_fd, ioctl_new_fd_with_room, ioctl_with_bytes, iowr,
+};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use thiserror::Error;
 use uuid::Uuid;
@@ -57,6 +59,22 @@ pub struct Exported {
     pub uuid: Uuid,
     pub size: u64,
     pub mode: u32,
+}
+
+/// Another peer's buffer that this guest uses.
+#[derive(Debug)]
+pub struct Attached {
+    pub fd: OwnedFd,
+    /// 0: it is an export of this guest.
+    pub handle: u64,
+    pub uuid: Uuid,
+    pub name: String,
+    pub size: u64,
+    pub mode: u32,
+    pub exporter: u32,
+    pub generation: u64,
+    pub metadata_type: u32,
+    pub metadata: Vec<u8>,
 }
 
 /// What is exported.
@@ -183,6 +201,41 @@ impl Device {
         }
     }
 
+    /// The offer after number `id`; `None` past the last.
+    pub fn offer(&self, id: u32) -> Result<Option<uapi::Offer>> {
+        let mut arg = uapi::Offer { id, ..Default::default() };
+        match self.call("offer", uapi::IOC_OFFER, &mut arg) {
+            Ok(()) => Ok(Some(arg)),
+            Err(error) if error.errno() == libc::ENOENT => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    pub fn attach(&self, uuid: Uuid, access: u32, zero_copy: bool) -> Result<Attached> {
+        use std::mem::offset_of;
+        let flags = if zero_copy { uapi::ATTACH_F_ZERO_COPY } else { 0 };
+        let mut arg = uapi::Attach { uuid: uuid.into_bytes(), flags, access, ..Default::default() };
+        let mut metadata = vec![0; 4096];
+        let places = (offset_of!(uapi::Attach, fd), offset_of!(uapi::Attach, metadata));
+        let fd = self.file.as_fd();
+        let (request, room) = (uapi::IOC_ATTACH, metadata.as_mut_slice());
+        let fd = ioctl_new_fd_with_room(fd, request, &mut arg, places.0, places.1, room)
+            .map_err(told("attach"))?;
+        metadata.truncate(arg.metadata_len as usize);
+        Ok(Attached {
+            fd,
+            handle: arg.handle,
+            uuid,
+            name: crate::text(&arg.name),
+            size: arg.size,
+            mode: arg.mode,
+            exporter: arg.exporter,
+            generation: arg.generation,
+            metadata_type: arg.metadata_type,
+            metadata,
+        })
+    }
+
     /// The next event; `None` where none comes in `timeout`, or ever without one.
     pub fn event(&self, timeout: Option<std::time::Duration>) -> Result<Option<uapi::Event>> {
         let timeout = timeout.map(|time| Timespec {
@@ -230,6 +283,11 @@ pub fn heap_alloc(heap: &Path, size: u64) -> Result<OwnedFd> {
 
 /// All of a dma-buf, writable.
 pub fn map(dmabuf: &OwnedFd, size: u64) -> Result<Mapping> {
+    map_for(dmabuf, size, true)
+}
+
+/// All of a dma-buf.
+pub fn map_for(dmabuf: &OwnedFd, size: u64, writable: bool) -> Result<Mapping> {
     let len = usize::try_from(size).map_err(io::Error::other).map_err(told("map"))?;
-    Mapping::new(dmabuf, len, true).map_err(told("map"))
+    Mapping::new(dmabuf, len, writable).map_err(told("map"))
 }

@@ -11,13 +11,15 @@ use clap::Args;
 use zerocopy::IntoBytes;
 
 use crate::device::{Device, Exported, Offer, Source, heap_alloc, map};
-use crate::{Extent, Failure, Grantee, line, mode_name, uapi};
+use crate::follow::{Followed, News};
+use crate::import::find_answer;
+use crate::{Extent, Failure, Grantee, PeerName, line, mode_name, uapi};
 
 const FOURCC_XR24: u32 = u32::from_le_bytes(*b"XR24");
 
 #[derive(Debug, Args)]
 pub struct Draw {
-    /// What to draw: card, bar or counter.
+    /// What to draw: card, bar, counter or stamp.
     #[arg(long, default_value = "card")]
     pattern: Pattern,
     /// Pixels.
@@ -35,9 +37,15 @@ pub struct Draw {
     /// For people.
     #[arg(long, value_name = "NAME", default_value = "bufshare-guest")]
     name: String,
-    /// Who may use it: host or a peer's number, `:rw` to let it write; repeatable.
-    #[arg(long, value_name = "host|ID[:rw]", default_value = "host")]
+    /// Who may use it: host, a peer's name or number, `:rw` to let it write; repeatable.
+    #[arg(long, value_name = "PEER[:rw]", default_value = "host")]
     grant: Vec<Grantee>,
+    /// Draw a frame when this peer has seen the last one and said so (`import --answer`).
+    #[arg(long, value_name = "PEER")]
+    pace: Option<PeerName>,
+    /// Draw while others read: a mistake, for them to find.
+    #[arg(long)]
+    skip_begin: bool,
     /// Fail rather than let the device copy.
     #[arg(long)]
     zero_copy: bool,
@@ -69,6 +77,21 @@ fn image(size: Extent, stride: u32) -> Image {
     }
 }
 
+/// Waits until the peer has seen this frame.
+fn answered(answers: &Followed<'_>, frame: u32) -> Result<(), Failure> {
+    loop {
+        let mut seen = [0; 4];
+        let gone = answers.read(&mut seen)?.is_none();
+        // One more than the last frame: 0 is no answer.
+        if u32::from_le_bytes(seen) == frame.wrapping_add(1) {
+            return Ok(());
+        }
+        if gone || answers.next()? != News::Changed {
+            return Err(Failure::Wrong(format!("the peer went before it saw frame {frame}")));
+        }
+    }
+}
+
 impl Draw {
     fn buffer(&self, device: &Device, size: u64) -> Result<OwnedFd, Failure> {
         Ok(match &self.heap {
@@ -86,9 +109,14 @@ impl Draw {
     ) -> Result<(), Failure> {
         let Extent { width, height } = self.size;
         let picture = Picture { pattern: self.pattern, frame, width, height };
-        device.sync(buffer.handle, uapi::SYNC_F_WRITE)?;
+        if !self.skip_begin {
+            device.sync(buffer.handle, uapi::SYNC_F_WRITE)?;
+        }
         write(&picture.bytes()).map_err(|source| Failure::Io { what: "drawing".into(), source })?;
         let generation = device.sync(buffer.handle, uapi::SYNC_F_END | uapi::SYNC_F_WRITE)?;
+        if self.pace.is_some() || self.skip_begin {
+            return Ok(()); // too many to tell
+        }
         line(&format!("frame number={frame} generation={generation}"))
     }
 
@@ -120,15 +148,23 @@ impl Draw {
         ))?;
 
         let start = Instant::now();
+        let mut answers = None;
         let mut frame = 0;
         loop {
             self.frame(device, &buffer, frame, |bytes| mapping.write_at(0, bytes))?;
             if frame == 0 {
                 // Not earlier: nobody is to see a buffer without a picture.
                 for to in &self.grant {
-                    device.grant(buffer.handle, to.peer_id, to.access)?;
-                    line(&format!("granted peer={} access={}", to.peer_id, to.access))?;
+                    let peer = to.who.find(device)?;
+                    device.grant(buffer.handle, peer, to.access)?;
+                    line(&format!("granted peer={peer} access={}", to.access))?;
                 }
+                if let Some(peer) = &self.pace {
+                    answers = Some(find_answer(device, peer.find(device)?)?);
+                }
+            }
+            if let Some(answers) = &answers {
+                answered(answers, frame)?;
             }
             frame = frame.wrapping_add(1);
             if frame == self.frames {

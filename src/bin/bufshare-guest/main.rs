@@ -1,12 +1,15 @@
-//! Draws into buffers of this guest and shares them through /dev/bufshare0: for tests, and as an
-//! example of the interface.
+//! Draws into buffers of this guest, shares them and uses those of others through /dev/bufshare0: for
+//! tests, and as an example of the interface.
 //!
 //! It knows the driver's ABI, and nothing of the host. Exit status: 0 done, 1 failed, 2 wrong usage.
 
 mod device;
 mod draw;
+mod follow;
+mod import;
 mod latency;
 mod picture;
+mod relay;
 mod stress;
 mod uapi;
 
@@ -15,13 +18,14 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::str::FromStr;
 
+use bufshare::host::image::ImageError;
 use bufshare::protocol::peer;
 use clap::{Parser, Subcommand};
 use thiserror::Error;
 
 use device::Device;
 
-/// Draws into buffers of this guest and shares them.
+/// Draws into buffers of this guest, shares them and uses those of others.
 #[derive(Debug, Parser)]
 #[command(version, name = "bufshare-guest")]
 struct Args {
@@ -36,12 +40,18 @@ struct Args {
 enum Command {
     /// Draw frames into a shared buffer.
     Draw(draw::Draw),
+    /// Use another peer's buffer: follow its frames, check or save them.
+    Import(import::Import),
+    /// Show the negative of another peer's picture to the host, in a buffer of this guest.
+    Relay(relay::Relay),
     /// Do everything at random for a while, and check the answers.
     Stress(stress::Stress),
     /// Show the device and its limits.
     Info,
     /// List who can be granted a buffer.
     Peers,
+    /// List what other peers offer.
+    Offers,
     /// Show events of the device, until interrupted.
     Events,
     /// Export a page and measure how long QUERY takes.
@@ -63,6 +73,8 @@ enum Failure {
     PngOut { file: String, source: png::EncodingError },
     #[error("{file} cannot be read")]
     PngIn { file: String, source: png::DecodingError },
+    #[error("no picture to be read in buffer {name}")]
+    Image { name: String, source: ImageError },
     #[error("{0}")]
     Wrong(String),
 }
@@ -90,31 +102,61 @@ impl FromStr for Extent {
     }
 }
 
+/// A peer, as `peers` lists it: host, its number or its name.
+#[derive(Debug, Clone)]
+struct PeerName(String);
+
+impl FromStr for PeerName {
+    type Err = std::convert::Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Ok(PeerName(text.to_owned()))
+    }
+}
+
+impl PeerName {
+    /// Its number.
+    fn find(&self, device: &Device) -> Result<u32, Failure> {
+        let PeerName(wanted) = self;
+        if wanted == "host" {
+            return Ok(peer::HOST);
+        }
+        if let Ok(number) = wanted.parse() {
+            return Ok(number);
+        }
+        let mut index = 0;
+        while let Some(peer) = device.peer(index)? {
+            if text(&peer.name) == *wanted {
+                return Ok(peer.peer_id);
+            }
+            index += 1;
+        }
+        Err(Failure::Wrong(format!("there is no peer {wanted:?}; `peers` lists them")))
+    }
+}
+
 /// Who is granted what.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 struct Grantee {
-    peer_id: u32,
+    who: PeerName,
     access: u32,
 }
 
-/// A grant that is none.
-#[derive(Debug, Error)]
-#[error("{0:?} is neither host nor a peer's number, with or without :rw")]
-struct BadGrantee(String);
-
 impl FromStr for Grantee {
-    type Err = BadGrantee;
+    type Err = std::convert::Infallible;
 
-    fn from_str(text: &str) -> Result<Self, BadGrantee> {
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
         let (who, access) = match text.strip_suffix(":rw") {
             Some(who) => (who, uapi::ACCESS_READ | uapi::ACCESS_WRITE),
             None => (text, uapi::ACCESS_READ),
         };
-        let peer_id = if who == "host" { Some(peer::HOST) } else { who.parse().ok() };
-        peer_id
-            .map(|peer_id| Grantee { peer_id, access })
-            .ok_or_else(|| BadGrantee(text.to_owned()))
+        Ok(Grantee { who: PeerName(who.to_owned()), access })
     }
+}
+
+/// Text that is padded with zeros.
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).trim_end_matches('\0').to_owned()
 }
 
 /// Prints a line at once: a test waits for it.
@@ -151,22 +193,37 @@ fn info(device: &Device) -> Result<(), Failure> {
     line(&format!("max_metadata {}", info.max_metadata))?;
     line(&format!("max_wait_ms {}", info.max_wait_ms))?;
     line(&format!("max_waits {}", info.max_waits))?;
+    line(&format!("max_attachments {}", info.max_attachments))?;
+    line(&format!("max_mappings {}", info.max_mappings))?;
+    line(&format!("window {}", info.window))?;
     line(&format!("features {:#x}", info.features))
 }
 
 fn peers(device: &Device) -> Result<(), Failure> {
     let mut index = 0;
     while let Some(peer) = device.peer(index)? {
-        let name = String::from_utf8_lossy(&peer.name);
         line(&format!(
             "peer id={} name={:?} online={} window={} epoch={}",
             peer.peer_id,
-            name.trim_end_matches('\0'),
+            text(&peer.name),
             peer.flags & uapi::PEER_F_ONLINE != 0,
             peer.flags & uapi::PEER_F_WINDOW != 0,
             peer.epoch
         ))?;
         index += 1;
+    }
+    Ok(())
+}
+
+fn offers(device: &Device) -> Result<(), Failure> {
+    let mut id = 0;
+    while let Some(offer) = device.offer(id)? {
+        let uuid = uuid::Uuid::from_bytes(offer.uuid);
+        line(&format!(
+            "offer uuid={uuid} peer={} access={} size={} generation={}",
+            offer.peer_id, offer.access, offer.size, offer.generation
+        ))?;
+        id = offer.id;
     }
     Ok(())
 }
@@ -177,14 +234,22 @@ fn events(device: &Device) -> Result<(), Failure> {
             uapi::EVENT_RELEASED => "released",
             uapi::EVENT_IDLE => "idle",
             uapi::EVENT_BUSY => "busy",
+            uapi::EVENT_OFFERED => "offered",
+            uapi::EVENT_REVOKED => "revoked",
+            uapi::EVENT_WITHDRAWN => "withdrawn",
             uapi::EVENT_CHANGED => "changed",
             uapi::EVENT_PEER => "peer",
             uapi::EVENT_RESYNC => "resync",
             _ => "unknown",
         };
         line(&format!(
-            "event {kind} handle={} peer={} status={} generation={} epoch={}",
-            event.handle, event.peer_id, event.status, event.generation, event.epoch
+            "event {kind} handle={} uuid={} peer={} status={} generation={} epoch={}",
+            event.handle,
+            uuid::Uuid::from_bytes(event.uuid),
+            event.peer_id,
+            event.status,
+            event.generation,
+            event.epoch
         ))?;
     }
     Ok(())
@@ -195,8 +260,11 @@ fn run(args: &Args) -> Result<(), Failure> {
     match &args.command {
         Command::Draw(draw) => draw.run(&open()?),
         Command::Stress(stress) => stress.run(&args.device),
+        Command::Import(import) => import.run(&open()?),
+        Command::Relay(relay) => relay.run(&open()?),
         Command::Info => info(&open()?),
         Command::Peers => peers(&open()?),
+        Command::Offers => offers(&open()?),
         Command::Events => events(&open()?),
         Command::Query(latency) => latency.run(&open()?),
         Command::Picture(picture) => picture.run(),

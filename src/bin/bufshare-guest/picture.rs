@@ -12,7 +12,7 @@ use crate::{Extent, Failure, line};
 #[derive(Debug, Args)]
 #[group(required = true, multiple = true, args = ["output", "compare"])]
 pub struct Expected {
-    /// card, bar or counter.
+    /// card, bar, counter or stamp.
     #[arg(long, default_value = "card")]
     pattern: Pattern,
     /// Pixels.
@@ -21,6 +21,9 @@ pub struct Expected {
     /// Number of the frame, from 0.
     #[arg(long, value_name = "N", default_value_t = 0)]
     frame: u32,
+    /// As `relay` changes it.
+    #[arg(long)]
+    negative: bool,
     /// Write it there.
     #[arg(short, long, value_name = "FILE.png")]
     output: Option<PathBuf>,
@@ -30,36 +33,42 @@ pub struct Expected {
 }
 
 impl Expected {
+    /// R, G, B, row after row.
+    fn pixels(&self, picture: &Picture) -> Vec<u8> {
+        let rows = 0..picture.height;
+        let pixels = rows.flat_map(|y| (0..picture.width).flat_map(move |x| picture.pixel(x, y)));
+        let change = if self.negative { 0xff } else { 0 };
+        pixels.map(|sample| sample ^ change).collect()
+    }
+
     pub fn run(&self) -> Result<(), Failure> {
         let Extent { width, height } = self.size;
         let picture = Picture { pattern: self.pattern, frame: self.frame, width, height };
         if let Some(file) = &self.output {
-            write(&picture, file)?;
+            write(picture.width, picture.height, &self.pixels(&picture), file)?;
         }
         if let Some(file) = &self.compare {
-            compare(&picture, file)?;
+            compare(&picture, &self.pixels(&picture), file)?;
             line(&format!("same {}", file.display()))?;
         }
         Ok(())
     }
 }
 
-fn write(picture: &Picture, file: &Path) -> Result<(), Failure> {
+/// Writes R, G, B, row after row, to a PNG file.
+pub fn write(width: u32, height: u32, pixels: &[u8], file: &Path) -> Result<(), Failure> {
     let name = file.display().to_string();
     let out = File::create(file);
     let out = out.map_err(|source| Failure::Io { what: format!("creating {name}"), source })?;
-    let mut encoder = png::Encoder::new(BufWriter::new(out), picture.width, picture.height);
+    let mut encoder = png::Encoder::new(BufWriter::new(out), width, height);
     encoder.set_color(png::ColorType::Rgb);
-    let rows = 0..picture.height;
-    let pixels: Vec<u8> =
-        rows.flat_map(|y| (0..picture.width).flat_map(move |x| picture.pixel(x, y))).collect();
     encoder
         .write_header()
-        .and_then(|mut writer| writer.write_image_data(&pixels))
+        .and_then(|mut writer| writer.write_image_data(pixels))
         .map_err(|source| Failure::PngOut { file: name, source })
 }
 
-fn compare(picture: &Picture, file: &Path) -> Result<(), Failure> {
+fn compare(picture: &Picture, expected: &[u8], file: &Path) -> Result<(), Failure> {
     let name = file.display().to_string();
     let unreadable = |source| Failure::PngIn { file: name.clone(), source };
     let input = File::open(file);
@@ -80,10 +89,11 @@ fn compare(picture: &Picture, file: &Path) -> Result<(), Failure> {
     if samples < 3 {
         return Err(Failure::Wrong(format!("{name} has no colours")));
     }
+    let mut expected = expected.chunks(3);
     for (y, row) in (0..height).zip(pixels.chunks(info.line_size)) {
         for (x, pixel) in (0..width).zip(row.chunks(samples)) {
-            let expected = picture.pixel(x, y);
-            if pixel[..3] != expected {
+            let expected = expected.next().unwrap_or_default();
+            if pixel[..3] != *expected {
                 let seen = &pixel[..3];
                 let text = format!("{name} at {x},{y}: {seen:?} instead of {expected:?}");
                 return Err(Failure::Wrong(text));

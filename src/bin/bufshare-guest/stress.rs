@@ -7,6 +7,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use clap::Args;
+use uuid::Uuid;
 
 use crate::device::{Device, Error, Offer, Source, map};
 use crate::{Failure, line, uapi};
@@ -51,6 +52,7 @@ impl Random {
 struct Buffer {
     handle: u64,
     size: u64,
+    uuid: Uuid,
     generation: u64,
     /// `None`: a part of another.
     dmabuf: Option<OwnedFd>,
@@ -127,8 +129,8 @@ impl Worker {
             return Err(Failure::Wrong("a copy in spite of ZERO_COPY".to_owned()));
         }
         self.count("export");
-        let (handle, dmabuf) = (exported.handle, Some(dmabuf));
-        self.buffers.push(Buffer { handle, size, generation: 0, dmabuf, releasing: false });
+        let (handle, uuid, dmabuf) = (exported.handle, exported.uuid, Some(dmabuf));
+        self.buffers.push(Buffer { handle, size, uuid, generation: 0, dmabuf, releasing: false });
         Ok(())
     }
 
@@ -149,6 +151,7 @@ impl Worker {
             self.buffers.push(Buffer {
                 handle,
                 size,
+                uuid: part.uuid,
                 generation: 0,
                 dmabuf: None,
                 releasing: false,
@@ -175,6 +178,25 @@ impl Worker {
         }
         buffer.generation = after;
         self.count("sync");
+        Ok(())
+    }
+
+    /// An own export that is attached is the buffer that was exported.
+    fn own(&mut self, index: usize) -> Result<(), Failure> {
+        let uuid = self.buffers[index].uuid;
+        let pool = self.buffers[index].dmabuf.as_ref();
+        let own = self.device.attach(uuid, uapi::ACCESS_READ, false)?;
+        let inode = |fd| rustix::fs::fstat(fd).map(|stat| stat.st_ino);
+        let what = "fstat".to_owned();
+        let same = match pool {
+            Some(fd) => inode(fd).and_then(|own_inode| Ok(own_inode == inode(&own.fd)?)),
+            None => Ok(true),
+        };
+        let same = same.map_err(|error| Failure::Io { what, source: error.into() })?;
+        if !same || own.handle != 0 || own.size != self.buffers[index].size {
+            return Err(Failure::Wrong(format!("own export {uuid} comes back as {own:?}")));
+        }
+        self.count("own");
         Ok(())
     }
 
@@ -246,6 +268,7 @@ impl Worker {
         let handle = self.buffers[index].handle;
         match self.random.below(10) {
             0..=2 => self.sync(index),
+            3 if handle.is_multiple_of(2) => self.own(index),
             3 => self.query(index),
             4 => {
                 let access = self.random.below(4) as u32;

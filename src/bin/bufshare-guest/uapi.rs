@@ -35,7 +35,10 @@ uapi! {
         max_waits: u32,
         features: u64,
         quarantined: u32,
-        reserved: [u32; 5],
+        max_attachments: u32,
+        window: u64,
+        max_mappings: u32,
+        reserved: u32,
     }
 }
 uapi! {
@@ -112,6 +115,38 @@ uapi! {
     }
 }
 uapi! {
+    Attach [128] {
+        uuid: [u8; 16],
+        flags: u32,
+        access: u32,
+        metadata: u64,
+        metadata_len: u32,
+        metadata_type: u32,
+        fd: i32,
+        mode: u32,
+        handle: u64,
+        offset: u64,
+        size: u64,
+        generation: u64,
+        exporter: u32,
+        reserved: u32,
+        name: [u8; 32],
+        reserved2: u64,
+    }
+}
+uapi! {
+    Offer [56] {
+        id: u32,
+        peer_id: u32,
+        uuid: [u8; 16],
+        size: u64,
+        generation: u64,
+        access: u32,
+        metadata_type: u32,
+        reserved: u64,
+    }
+}
+uapi! {
     Event [64] {
         kind: u16,
         flags: u16,
@@ -136,6 +171,8 @@ pub const IOC_SET_NAME: u32 = iow(0xbd, 0x05, size_of::<Name>());
 pub const IOC_QUERY: u32 = iowr(0xbd, 0x06, size_of::<Query>());
 pub const IOC_RELEASE: u32 = iowr(0xbd, 0x07, size_of::<Release>());
 pub const IOC_PEER: u32 = iowr(0xbd, 0x08, size_of::<Peer>());
+pub const IOC_ATTACH: u32 = iowr(0xbd, 0x09, size_of::<Attach>());
+pub const IOC_OFFER: u32 = iowr(0xbd, 0x0a, size_of::<Offer>());
 
 pub const INFO_F_ALIVE: u32 = 1 << 0;
 pub const ACCESS_READ: u32 = 1 << 0;
@@ -144,6 +181,7 @@ pub const MODE_ZERO_COPY: u32 = 1;
 pub const MODE_COPY: u32 = 2;
 pub const EXPORT_F_ZERO_COPY: u32 = 1 << 0;
 pub const EXPORT_F_PART: u32 = 1 << 1;
+pub const ATTACH_F_ZERO_COPY: u32 = 1 << 0;
 pub const SYNC_F_END: u32 = 1 << 0;
 pub const SYNC_F_READ: u32 = 1 << 1;
 pub const SYNC_F_WRITE: u32 = 1 << 2;
@@ -154,6 +192,9 @@ pub const PEER_F_WINDOW: u32 = 1 << 1;
 pub const EVENT_RELEASED: u16 = 0x1000;
 pub const EVENT_IDLE: u16 = 0x1001;
 pub const EVENT_BUSY: u16 = 0x1002;
+pub const EVENT_OFFERED: u16 = 0x1100;
+pub const EVENT_REVOKED: u16 = 0x1101;
+pub const EVENT_WITHDRAWN: u16 = 0x1102;
 pub const EVENT_CHANGED: u16 = 0x1103;
 pub const EVENT_PEER: u16 = 0x1200;
 pub const EVENT_RESYNC: u16 = 0x12ff;

@@ -1,15 +1,16 @@
 /* SPDX-License-Identifier: ((GPL-2.0 WITH Linux-syscall-note) OR BSD-3-Clause) */
 /*
  * User interface of /dev/bufshareN: share a buffer of this guest with the host and with other
- * virtual machines. Integers are native-endian. Every structure has a fixed size; a flag that is
- * not listed here and a reserved field that is not 0 are refused with EINVAL.
+ * virtual machines, and use theirs. Integers are native-endian. Every structure has a fixed size;
+ * a flag that is not listed here and a reserved field that is not 0 are refused with EINVAL.
  *
- * A handle belongs to the open file that exported it: nobody else can use it, and closing the file
- * releases it. An open file belongs to one session of the device: after the device was removed or
- * the guest was suspended it answers ENODEV, and the file is to be opened again.
+ * A handle belongs to the open file that exported or attached it: nobody else can use it. Closing
+ * the file releases its exports; the dma-bufs that it attached live on. An open file belongs to
+ * one session of the device: after the device was removed or the guest was suspended it answers
+ * ENODEV, and the file is to be opened again.
  *
- * Errors beyond the usual ones: EOWNERDEAD revoked; ECANCELED released while waiting; EIO the
- * device does not answer, and nothing will work until it is probed again.
+ * Errors beyond the usual ones: EOWNERDEAD revoked, or the exporter is gone; ECANCELED released
+ * while waiting; EIO the device does not answer, and nothing will work until it is probed again.
  */
 #ifndef _UAPI_LINUX_BUFSHARE_H
 #define _UAPI_LINUX_BUFSHARE_H
@@ -45,6 +46,9 @@
  * @max_waits: waits at once
  * @features: the negotiated feature bits of the device
  * @quarantined: exports of this module whose memory is not back yet and that no open file owns
+ * @max_attachments: buffers of others at once; 0: none can be attached
+ * @window: bytes of others' memory that can be seen without copies; 0: it is always copied
+ * @max_mappings: attached buffers that can be seen at once
  * @reserved: 0
  */
 struct bufshare_info {
@@ -62,7 +66,10 @@ struct bufshare_info {
 	__u32 max_waits;
 	__u64 features;
 	__u32 quarantined;
-	__u32 reserved[5];
+	__u32 max_attachments;
+	__u64 window;
+	__u32 max_mappings;
+	__u32 reserved;
 };
 
 /**
@@ -150,7 +157,7 @@ struct bufshare_grant {
 
 /**
  * struct bufshare_sync - BUFSHARE_IOC_SYNC: bracket an access to the content
- * @handle: of the export
+ * @handle: of the export or attachment
  * @offset: bytes
  * @len: bytes; 0: to the end
  * @timeout_ns: relative; longer ones are cut to max_wait_ms; then ETIMEDOUT
@@ -161,6 +168,9 @@ struct bufshare_grant {
  * BEGIN waits until no other endpoint is in a conflicting bracket. END first waits for the fences
  * of this guest's own devices on the dma-buf, then declares; END with WRITE advances the
  * generation. A signal ends either wait with EINTR.
+ *
+ * Of an attachment in COPY mode, BEGIN with READ brings the range up to date and END with WRITE
+ * hands it to the others. DMA_BUF_IOCTL_SYNC on its dma-buf is the same for all of it.
  */
 struct bufshare_sync {
 	__u64 handle;
@@ -186,14 +196,17 @@ struct bufshare_name {
 #define BUFSHARE_STATE_IN_USE 2u
 #define BUFSHARE_STATE_RELEASING 3u
 #define BUFSHARE_STATE_RELEASED 4u
+#define BUFSHARE_STATE_ATTACHED 5u
+#define BUFSHARE_STATE_MAPPED 6u
+#define BUFSHARE_STATE_REVOKED 7u
 
 /**
  * struct bufshare_query - BUFSHARE_IOC_QUERY
- * @handle: of the export
+ * @handle: of the export or attachment
  * @state: out: BUFSHARE_STATE_*
  * @use_count: out: attachments, host leases, and 1 if others on the host hold it
  * @nr_mappings: out: mappings in other virtual machines
- * @access: out: as exported
+ * @access: out: as exported or attached
  * @size: out: bytes
  * @generation: out: how often the content was declared complete
  * @uuid: out
@@ -251,6 +264,77 @@ struct bufshare_peer {
 	__u8 name[64];
 };
 
+#define BUFSHARE_ATTACH_F_ZERO_COPY (1u << 0) /* fail with EACCES rather than copy */
+
+/**
+ * struct bufshare_attach - BUFSHARE_IOC_ATTACH: use a buffer that another peer offers
+ * @uuid: names the buffer
+ * @flags: BUFSHARE_ATTACH_F_*
+ * @access: BUFSHARE_ACCESS_*: what is wanted; with READ alone @fd can only be mapped for reading
+ * @metadata: address of room for the metadata, or 0
+ * @metadata_len: bytes; in: how much room, out: how much there is
+ * @metadata_type: out: BUFSHARE_METADATA_*
+ * @fd: out: a dma-buf, close-on-exec
+ * @mode: out: BUFSHARE_MODE_ZERO_COPY: @fd is the exporter's memory; BUFSHARE_MODE_COPY: a copy
+ *	that BUFSHARE_IOC_SYNC or DMA_BUF_IOCTL_SYNC brings up to date
+ * @handle: out: for BUFSHARE_IOC_SYNC, BUFSHARE_IOC_QUERY and events; 0: an export of this guest
+ * @offset: out: where the buffer begins in @fd, bytes; not 0 only for an own part
+ * @size: out: bytes
+ * @generation: out: how often the content was declared complete
+ * @exporter: out: a peer id
+ * @reserved: 0
+ * @name: out: UTF-8, NUL padded
+ * @reserved2: 0
+ *
+ * The attachment lasts as long as the dma-buf. When it is revoked, the exporter goes or the session
+ * of the device ends, whoever has @fd mapped gets SIGBUS, and everything else on it fails.
+ *
+ * An export of this guest comes back as the dma-buf that was exported, without name, metadata and
+ * generation.
+ */
+struct bufshare_attach {
+	__u8 uuid[16];
+	__u32 flags;
+	__u32 access;
+	__u64 metadata;
+	__u32 metadata_len;
+	__u32 metadata_type;
+	__s32 fd;
+	__u32 mode;
+	__u64 handle;
+	__u64 offset;
+	__u64 size;
+	__u64 generation;
+	__u32 exporter;
+	__u32 reserved;
+	__u8 name[32];
+	__u64 reserved2;
+};
+
+/**
+ * struct bufshare_offer - BUFSHARE_IOC_OFFER: the next buffer that may be attached
+ * @id: in: that of the last one seen, 0: from the start; out: of this one; past the last: ENOENT
+ * @peer_id: out: who offers it
+ * @uuid: out
+ * @size: out: bytes
+ * @generation: out: when it was offered
+ * @access: out: BUFSHARE_ACCESS_*
+ * @metadata_type: out: BUFSHARE_METADATA_*
+ * @reserved: 0
+ *
+ * BUFSHARE_EVENT_OFFERED and BUFSHARE_EVENT_WITHDRAWN tell what changes afterwards.
+ */
+struct bufshare_offer {
+	__u32 id;
+	__u32 peer_id;
+	__u8 uuid[16];
+	__u64 size;
+	__u64 generation;
+	__u32 access;
+	__u32 metadata_type;
+	__u64 reserved;
+};
+
 #define BUFSHARE_IOC_MAGIC 0xbd
 #define BUFSHARE_IOC_INFO _IOR(BUFSHARE_IOC_MAGIC, 0x00, struct bufshare_info)
 #define BUFSHARE_IOC_ALLOC _IOWR(BUFSHARE_IOC_MAGIC, 0x01, struct bufshare_alloc)
@@ -261,20 +345,25 @@ struct bufshare_peer {
 #define BUFSHARE_IOC_QUERY _IOWR(BUFSHARE_IOC_MAGIC, 0x06, struct bufshare_query)
 #define BUFSHARE_IOC_RELEASE _IOWR(BUFSHARE_IOC_MAGIC, 0x07, struct bufshare_release)
 #define BUFSHARE_IOC_PEER _IOWR(BUFSHARE_IOC_MAGIC, 0x08, struct bufshare_peer)
+#define BUFSHARE_IOC_ATTACH _IOWR(BUFSHARE_IOC_MAGIC, 0x09, struct bufshare_attach)
+#define BUFSHARE_IOC_OFFER _IOWR(BUFSHARE_IOC_MAGIC, 0x0a, struct bufshare_offer)
 
 #define BUFSHARE_EVENT_RELEASED 0x1000u /* the memory is back: the last event of a handle */
 #define BUFSHARE_EVENT_IDLE 0x1001u /* nobody uses it any more; still exported */
 #define BUFSHARE_EVENT_BUSY 0x1002u /* somebody uses it */
+#define BUFSHARE_EVENT_OFFERED 0x1100u /* a peer offers a buffer */
+#define BUFSHARE_EVENT_REVOKED 0x1101u /* an attachment is dead: its last event */
+#define BUFSHARE_EVENT_WITHDRAWN 0x1102u /* an offer is gone */
 #define BUFSHARE_EVENT_CHANGED 0x1103u /* the generation advanced; only the latest is told */
 #define BUFSHARE_EVENT_PEER 0x1200u /* a peer came, went or changed epoch */
-#define BUFSHARE_EVENT_RESYNC 0x12ffu /* something was missed: BUFSHARE_IOC_INFO and QUERY again */
+#define BUFSHARE_EVENT_RESYNC 0x12ffu /* something was missed: ask INFO, QUERY and OFFER again */
 
 /**
  * struct bufshare_event - what read() returns, as many as fit
  * @type: BUFSHARE_EVENT_*
  * @flags: ignore
  * @status: 0, or the reason: enum virtio_bufshare_status
- * @handle: of the export; 0 for PEER and RESYNC
+ * @handle: of the export or attachment; 0 for OFFERED, WITHDRAWN, PEER and RESYNC
  * @uuid: of the buffer
  * @peer_id: who caused it
  * @access: BUFSHARE_ACCESS_*
