@@ -1,14 +1,16 @@
 //! What only time brings to light: cycles without end, and deaths between any two commands. Nothing of the
-//! daemon may grow, and nothing may be lost or counted twice.
+//! daemon may grow, nothing may be lost or counted twice, and whatever is asked is answered as the registry
+//! alone would answer it.
 //!
-//! Each part lasts BUFSHARE_LONG_SECONDS (5 if unset; 30 in `./test`); both have an instruction of their own
-//! in their files for the whole length.
+//! Each part lasts BUFSHARE_LONG_SECONDS (5 if unset; 30 in `./test`); each file says how it
+//! is run at full length.
 
 #[path = "../common/mod.rs"]
 mod common;
 
 mod deaths;
 mod soak;
+mod twin;
 
 use std::time::{Duration, Instant};
 
