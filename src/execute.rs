@@ -10,7 +10,7 @@ use uuid::Uuid;
 use crate::command::{Command, Export};
 use crate::dmabuf::{Backing, Wish};
 use crate::hub::Hub;
-use crate::ids::{HandleId, PeerId, SessionId};
+use crate::ids::{HandleId, MappingId, PeerId, SessionId};
 use crate::limits::MAX_METADATA;
 use crate::memory::{self, FileSegment, MemoryMap, Refusal};
 use crate::policy::Allowed;
@@ -66,7 +66,8 @@ pub fn execute(hub: &Hub, vm: Context<'_>, command: Command<'_>) -> Option<Resul
         Command::Detach { handle } => done(hub.with(|r, _| r.detach(session, handle))),
         Command::Map { request, segments } => map(hub, vm, request, segments),
         Command::MapWindow(request) => match map_window(hub, vm, request) {
-            Ok(()) => return None,
+            Ok(Some(mapping)) => Ok(Reply::Mapped(mapping)),
+            Ok(None) => return None,
             Err(status) => Err(status.into()),
         },
         Command::Unmap { mapping } => match hub.with(|r, _| r.unmap(session, mapping, vm.token)) {
@@ -131,8 +132,15 @@ fn map(
     entered.map(Reply::Mapped).map_err(|status| refusal.unwrap_or(status.into()))
 }
 
-/// Asks for a place in the window; the VMM's answer ends it.
-fn map_window(hub: &Hub, vm: Context<'_>, request: WindowRequest) -> Result<(), Status> {
+/// Asks for a place in the window; the VMM's answer ends it. Nobody is asked for what is seen already.
+fn map_window(
+    hub: &Hub,
+    vm: Context<'_>,
+    request: WindowRequest,
+) -> Result<Option<MappingId>, Status> {
+    if let Some(mapping) = hub.with(|r, _| r.ride(vm.session, request))? {
+        return Ok(Some(mapping));
+    }
     let (ticket, shared) = hub.read(|r| r.begin_window(vm.session, request))?;
     let memory = match shared {
         Some(memory) => Ok(memory),
@@ -142,7 +150,7 @@ fn map_window(hub: &Hub, vm: Context<'_>, request: WindowRequest) -> Result<(), 
         let file = memory.file_id().ok_or(Status::Io)?;
         Ok((memory, file))
     });
-    hub.with(|r, _| r.finish_window(ticket, found, vm.token))
+    hub.with(|r, _| r.finish_window(ticket, found, vm.token)).map(|()| None)
 }
 
 fn export(hub: &Hub, vm: Context<'_>, request: Export<'_>) -> Result<Reply, Refused> {

@@ -54,6 +54,12 @@ impl<T> Window<T> {
     pub fn places(&self) -> impl Iterator<Item = (PlaceId, &Place<T>)> {
         self.places.iter().map(|(id, place)| (*id, place))
     }
+
+    /// Where a place is that the guest sees and wants.
+    pub fn shows(&self, id: PlaceId) -> Option<WindowRange> {
+        let place = self.places.get(&id).filter(|place| place.is_shown());
+        place.map(|place| place.range)
+    }
 }
 
 impl<T: Clone> Window<T> {

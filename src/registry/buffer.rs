@@ -113,7 +113,8 @@ pub struct Buffer<H> {
     pub(super) since: Duration,
     /// `None` once the memory is given up.
     pub(super) backing: Option<H>,
-    pub(super) pool: Option<BufferKey>,
+    /// The pool that it is a part of, and from which byte of it on.
+    pub(super) pool: Option<(BufferKey, u64)>,
     pub(super) parts: u32,
     pub(super) grants: Vec<(PeerId, Grant)>,
     pub(super) attachments: Vec<Use>,
@@ -148,7 +149,7 @@ impl<H> Buffer<H> {
         handle: HandleId,
         what: Description,
         made: Exported<H>,
-        pool: Option<BufferKey>,
+        pool: Option<(BufferKey, u64)>,
     ) -> Buffer<H> {
         Buffer {
             owner: session.peer,

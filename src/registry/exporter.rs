@@ -21,7 +21,7 @@ use crate::protocol::{Mode, NAME_LEN, State, Status};
 pub struct Ticket {
     session: SessionId,
     what: Description,
-    pool: Option<BufferKey>,
+    pool: Option<(BufferKey, u64)>,
 }
 
 /// The part of a pool that an EXPORT with F_PART names.
@@ -108,7 +108,7 @@ impl<H: Clone> Registry<H> {
             if end > parent.what.size || !(part.offset | what.size).is_multiple_of(GRANULE) {
                 return Err(Status::Range);
             }
-            pool = Some((key, parent.backing.clone().ok_or(Status::NoEnt)?));
+            pool = Some(((key, part.offset), parent.backing.clone().ok_or(Status::NoEnt)?));
         }
         let bytes = vm.bytes.checked_add(what.size).ok_or(Status::Quota)?;
         if too_big || vm.exports >= vm.quota.max_exports || bytes > vm.quota.max_total_size {
@@ -117,11 +117,11 @@ impl<H: Clone> Registry<H> {
         let vm = self.vm_mut(session)?;
         vm.exports += 1;
         vm.bytes = bytes;
-        let (key, backing) = pool.unzip();
-        if let Some(parent) = key.and_then(|key| self.buffers.get_mut(&key)) {
+        let (pool, backing) = pool.unzip();
+        if let Some(parent) = pool.and_then(|(key, _)| self.buffers.get_mut(&key)) {
             parent.parts += 1;
         }
-        Ok((Ticket { session, what, pool: key }, backing))
+        Ok((Ticket { session, what, pool }, backing))
     }
 
     /// Enters the memory that was made, or undoes the charge where none was, or the session is over.
@@ -142,7 +142,7 @@ impl<H: Clone> Registry<H> {
             Err((status, backing)) => {
                 self.outbox.drop.extend(backing);
                 self.uncharge(session, what.size);
-                if let Some(key) = pool
+                if let Some((key, _)) = pool
                     && let Some(parent) = self.buffers.get_mut(&key)
                 {
                     parent.parts = parent.parts.saturating_sub(1);
@@ -157,9 +157,7 @@ impl<H: Clone> Registry<H> {
         let vm = self.vm_mut(session)?;
         vm.handles.insert(handle, key);
         vm.buffers.insert(key);
-        if let Some(pool) = pool {
-            self.settle(pool);
-        }
+        pool.into_iter().for_each(|(pool, _)| self.settle(pool));
         Ok((handle, uuid, mode))
     }
 
@@ -170,7 +168,7 @@ impl<H: Clone> Registry<H> {
         handle: HandleId,
         what: Description,
         made: Exported<H>,
-        pool: Option<BufferKey>,
+        pool: Option<(BufferKey, u64)>,
     ) -> BufferKey {
         self.last_key += 1;
         let key = BufferKey(self.last_key);

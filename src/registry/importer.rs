@@ -3,7 +3,6 @@
 //!
 //! It does not know how pages are found: between `begin_map` and `finish_map` somebody else does.
 
-use std::collections::BTreeSet;
 use std::time::Duration;
 
 use uuid::Uuid;
@@ -53,6 +52,8 @@ pub struct Mapping<H> {
     pub(super) target: Option<H>,
     /// Where in the window.
     pub(super) place: Option<PlaceId>,
+    /// The mapping of its pool that shows it.
+    pub(super) rides: Option<MappingId>,
 }
 
 /// ATTACH.
@@ -258,33 +259,6 @@ impl<H: Clone> Registry<H> {
         self.settle(gone.key);
     }
 
-    /// Kills the attachments of some importers: they are told, and only UNMAP, DETACH and QUERY are
-    /// left to them. The caller settles the buffer.
-    pub(super) fn revoke_attachments(&mut self, key: BufferKey, of: impl Fn(PeerId) -> bool) {
-        let Some(buffer) = self.buffers.get_mut(&key) else { return };
-        let (gone, kept): (Vec<Use>, Vec<Use>) =
-            buffer.attachments.iter().partition(|held| of(held.importer));
-        if gone.is_empty() {
-            return;
-        }
-        buffer.attachments = kept;
-        let (exporter, uuid, generation) = (buffer.owner, buffer.uuid, buffer.generation);
-        let dead: BTreeSet<AttachmentId> = gone.iter().map(|held| held.id).collect();
-        let leaves = |holder| matches!(holder, Holder::Attachment(id) if dead.contains(&id));
-        self.end_waits(key, |waiter| leaves(waiter.holder).then_some(Status::Revoked));
-        self.clear_bits(key, leaves);
-        for Use { id, importer, handle, .. } in gone {
-            self.hide(importer, id);
-            self.outbox.audit.push(Audit::Revoked { importer, exporter, uuid });
-            let vm = self.vms.get_mut(&importer);
-            if let Some(held) = vm.and_then(|vm| vm.attachments.get_mut(&handle)) {
-                (held.revoked, held.told_generation) = (true, generation);
-            }
-            self.queue_attachment(importer, handle);
-            self.refresh_offer(importer, key);
-        }
-    }
-
     /// Queues what is to be told of an attachment.
     pub(super) fn queue_attachment(&mut self, importer: PeerId, handle: HandleId) {
         if self.attachment_news(importer, handle).is_none() {
@@ -387,7 +361,15 @@ impl<H: Clone> Registry<H> {
         if let Some(held) = vm.attachments.get_mut(&request.handle) {
             let MapRequest { offset, len, access, .. } = request;
             let target = Some(target);
-            held.mappings.push(Mapping { id, offset, len, access, target, place: None });
+            held.mappings.push(Mapping {
+                id,
+                offset,
+                len,
+                access,
+                target,
+                place: None,
+                rides: None,
+            });
         }
         Ok(id)
     }

@@ -24,6 +24,8 @@ mod model;
 mod offer;
 mod outbox;
 mod report;
+mod revoke;
+mod rides;
 mod session;
 mod sync;
 #[cfg(test)]
@@ -285,6 +287,7 @@ impl<H: Clone> Registry<H> {
         self.clear_bits(key, |holder| holder == Holder::Exporter);
         let buffer = self.buffers.get_mut(&key)?;
         let (session, handle, pool) = (buffer.session, buffer.handle, buffer.pool.take());
+        let pool = pool.map(|(pool, _)| pool);
         if let Some(own) = session.client().and_then(|client| self.exporters.get_mut(&client)) {
             own.handles.remove(&handle);
         } else if let Some(vm) = self.vms.get_mut(&session.peer) {

@@ -91,10 +91,17 @@ impl<H> Vm<H> {
         handle
     }
 
+    /// Whether other mappings ride on this one.
+    pub(super) fn carries(&self, mapping: MappingId) -> bool {
+        let mut all = self.attachments.values().flat_map(|held| &held.mappings);
+        all.any(|other| other.rides == Some(mapping))
+    }
+
     /// Bytes that SYNC copies to: its own pages that it mapped, and copies in the window.
     pub(super) fn bytes_mapped(&self) -> u64 {
         let held = self.attachments.values().flat_map(|held| &held.mappings);
-        let own = held.filter(|mapping| mapping.place.is_none()).map(|mapping| mapping.len);
+        let own = held.filter(|one| one.place.is_none() && one.rides.is_none());
+        let own = own.map(|mapping| mapping.len);
         let places = self.window.iter().flat_map(|(_, window)| window.places());
         let copies = places.filter(|(_, place)| place.what.is_copy());
         own.chain(copies.map(|(_, place)| place.range.len)).fold(0, u64::saturating_add)

@@ -11,7 +11,7 @@ use crate::ids::{
     Access, AttachmentId, BufferKey, FileId, HandleId, MappingId, PeerId, PlaceId, SessionId,
     WindowId, WindowRange,
 };
-use crate::limits::{GRANULE, MAX_MAPPED};
+use crate::limits::MAX_MAPPED;
 use crate::protocol::{Mode, Status};
 use crate::window::{Outcome, Place, Todo, Window};
 
@@ -133,20 +133,8 @@ impl<H: Clone> Registry<H> {
         session: SessionId,
         request: WindowRequest,
     ) -> Result<(WindowTicket, Option<H>), Status> {
-        let vm = self.vm(session)?;
-        let (_, window) = vm.window.as_ref().ok_or(Status::Unsupp)?;
-        let held = vm.attachments.get(&request.handle).ok_or(Status::NoEnt)?;
-        if held.revoked {
-            return Err(Status::Revoked);
-        }
-        if !held.access.contains(request.access) {
-            return Err(Status::Access);
-        }
+        let (vm, window, held) = self.judge_window(session, &request)?;
         let len = request.range.len;
-        let end = request.offset.checked_add(len).ok_or(Status::Range)?;
-        if !(request.offset | len).is_multiple_of(GRANULE) || end > held.size {
-            return Err(Status::Range);
-        }
         window.check(request.range)?;
         let attachment = held.id;
         let ticket = |key| WindowTicket { session, attachment, request, key };
@@ -215,6 +203,9 @@ impl<H: Clone> Registry<H> {
         let handle = *vm.mappings.get(&mapping).ok_or(Status::NoEnt)?;
         let held = vm.attachments.get(&handle).ok_or(Status::NoEnt)?;
         let place = held.mappings.iter().find(|one| one.id == mapping).and_then(|one| one.place);
+        if !held.revoked && vm.carries(mapping) {
+            return Err(Status::Busy);
+        }
         if let (Some(place), Some((_, window))) = (place, &mut vm.window)
             && window.unmap(place, token)?
         {
@@ -328,8 +319,16 @@ impl<H: Clone> Registry<H> {
                 let WindowRequest { handle, offset, range, access } = request;
                 let Ok(vm) = self.vm_mut(session) else { return };
                 let Some(held) = vm.attachments.get_mut(&handle) else { return };
-                let len = range.len;
-                held.mappings.push(Mapping { id: mapping, offset, len, access, target, place });
+                let (len, rides) = (range.len, None);
+                held.mappings.push(Mapping {
+                    id: mapping,
+                    offset,
+                    len,
+                    access,
+                    target,
+                    place,
+                    rides,
+                });
                 vm.mappings.insert(mapping, handle);
                 self.settled(peer, map, Status::Ok, Some(mapping));
             }

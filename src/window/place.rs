@@ -112,6 +112,11 @@ impl<T> Place<T> {
         self.map.is_some()
     }
 
+    /// The guest sees it, and wants it.
+    pub(super) fn is_shown(&self) -> bool {
+        self.step == Step::Mapped && self.wanted
+    }
+
     /// The VMM may show it.
     pub(super) fn is_out(&self) -> bool {
         self.step != Step::Asked

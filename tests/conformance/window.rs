@@ -558,3 +558,89 @@ fn a_flood_is_answered() {
     let settled = wait_for(SOON, || pair.daemon.fds() <= before);
     assert!(settled, "{:#?}", pair.daemon.fd_names());
 }
+
+/// [dev-map-14] [dev-map-15] [dev-map-16] Sixteen images of a pool cost the VMM one mapping.
+#[test]
+fn parts_ride_on_the_mapping_of_their_pool() {
+    let mut pair = windowed(Behaviour::default());
+    let pool = pair.granted(16);
+    let seen = pair.see(&pool, READ_WRITE, MIB);
+    let images: Vec<Buffer> = (0..16)
+        .map(|page| {
+            let export = Export {
+                flags: flag::EXPORT_PART,
+                size: Some(PAGE),
+                object: pool.uuid,
+                segments: vec![(page * PAGE, PAGE)],
+                ..Default::default()
+            };
+            let told = pair.a.export(export).expect("EXPORT of a part");
+            let image = buffer(&told, pool.addr + page * PAGE, 1);
+            pair.grant(&image, READ_WRITE);
+            image
+        })
+        .collect();
+    if seen.held.mode == Mode::Copy {
+        let handle = pair.attach(&images[0]);
+        pair.b.map(&at(handle, seen.at, PAGE)).refused(Status::Range);
+        return;
+    }
+    let held: Vec<Seen> = (0..16)
+        .map(|page| pair.see(&images[page as usize], READ_WRITE, MIB + page * PAGE))
+        .collect();
+    assert_eq!(pair.b.window().asked().len(), 1, "nobody asks the VMM for what it shows");
+    for (page, (image, seen)) in (0u8..).zip(images.iter().zip(&held)) {
+        pair.a.memory.fill(image.addr, PAGE, page + 1);
+        pair.a.end(sync(image, WRITE)).expect("END");
+        let told = pair.b.begin(sync(&seen.held, READ)).expect("BEGIN");
+        assert_eq!(told.generation.get(), 1, "each image has its own");
+        assert_eq!(pair.b.window().read(seen.at, 1), Some(vec![page + 1]));
+        pair.b.end(sync(&seen.held, READ)).expect("END");
+    }
+    let wrong = at(held[3].held.handle, MIB + 4 * PAGE, PAGE);
+    pair.b.map(&wrong).refused(Status::Range);
+    pair.b.unmap(seen.mapping).refused(Status::Busy);
+    let one = held[0];
+    pair.b.unmap(one.mapping).expect("UNMAP");
+    pair.b.detach(one.held.handle).expect("DETACH");
+    assert_eq!(pair.b.window().shown(), [(MIB, pool.size)], "the pool is there still");
+    pair.a.release_force(images[1].handle).expect("RELEASE of one image");
+    pair.b.begin(sync(&held[1].held, READ)).refused(Status::Revoked);
+    pair.b.unmap(held[1].mapping).expect("UNMAP");
+    pair.b.begin(sync(&held[2].held, READ)).expect("the others live");
+    pair.revoke(&pool);
+    assert!(wait_for(SOON, || pair.b.window().shown().is_empty()));
+    for seen in &held[2..] {
+        pair.b.begin(sync(&seen.held, READ)).refused(Status::Revoked);
+        pair.b.unmap(seen.mapping).expect("UNMAP");
+        pair.b.detach(seen.held.handle).expect("DETACH");
+    }
+    pair.b.unmap(seen.mapping).expect("UNMAP");
+    for image in images.iter().filter(|image| image.handle != images[1].handle) {
+        pair.a.release(image.handle).expect("RELEASE");
+    }
+    pair.a.release(pool.handle).expect("RELEASE");
+    assert!(wait_for(SOON, || pair.a.query(pool.handle).is_err()), "all is back");
+}
+
+/// [dev-map-15] A hundred parts are no more than one mapping, and not more than a VM may have.
+#[test]
+fn riders_are_bounded() {
+    let mut pair = windowed(Behaviour::default());
+    let pool = pair.granted(1);
+    let seen = pair.see(&pool, READ_WRITE, 0);
+    if seen.held.mode == Mode::Copy {
+        return;
+    }
+    let segments = vec![(0, PAGE)];
+    let (flags, object) = (flag::EXPORT_PART, pool.uuid);
+    let export = Export { flags, size: Some(PAGE), object, segments, ..Default::default() };
+    let image = buffer(&pair.a.export(export).expect("EXPORT"), pool.addr, 1);
+    pair.grant(&image, READ_WRITE);
+    let handle = pair.attach(&image);
+    for _ in 0..bufshare::limits::MAX_COPY_MAPPINGS {
+        pair.b.map(&at(handle, 0, PAGE)).expect("MAP");
+    }
+    pair.b.map(&at(handle, 0, PAGE)).refused(Status::Quota);
+    assert_eq!(pair.b.window().asked().len(), 1);
+}
