@@ -300,3 +300,175 @@ fn memory_that_shrinks_fails_the_copy() {
 fn spare() -> Region {
     Region { start: 0x1_0000_0000, len: 1 << 20, ..Region::unsealed() }
 }
+
+/// "a" and "b" as before, and "b" sees in its window what "a" lends it.
+fn windowed() -> Bed {
+    let mut bed = bed();
+    drop(std::mem::replace(&mut bed.b, guest(&bed.daemon, "c")));
+    let setup = Setup {
+        decline: 1 << feature::PEERS,
+        vmm: Some(Behaviour::default()),
+        ..Default::default()
+    };
+    bed.b = setup.connect(&bed.daemon, "b");
+    bed
+}
+
+/// `from` lends fresh pages to `to`, which sees them in its window at `at`.
+fn show(from: &mut Guest, to: &mut Guest, pages: u64, at: u64) -> Shared {
+    let (export, addr) = from.export_pages(pages);
+    let (handle, uuid, size) = (export.handle.get(), export.uuid, pages * PAGE);
+    let peer_id = to.config.peer_id.get();
+    from.grant(Grant { handle, peer_id, ..Default::default() }).expect("GRANT");
+    let (told, _) = to.attach(Attach { uuid, ..Default::default() }).expect("ATTACH");
+    let attachment = told.handle.get();
+    let map =
+        Map { flags: 0, handle: attachment, shm_offset: at, len: Some(size), ..Default::default() };
+    let mapping = to.map(&map).expect("MAP");
+    let mode = Mode::from_wire(told.mode.get());
+    Shared { handle, addr, attachment, mapping, view: at, size, uuid, mode }
+}
+
+/// As by copy: every frame arrives whole and in its turn, here without a copy where that can be.
+#[test]
+fn a_thousand_frames_through_the_window() {
+    let Bed { mut a, mut b, daemon } = windowed();
+    let frames = show(&mut a, &mut b, 16, 0);
+    let mut client =
+        bufshare::host::client::Client::connect(&daemon.host_socket(), "test").expect("socket");
+    for frame in 1..=1000 {
+        a.begin(frames.export(WRITE)).expect("BEGIN");
+        for page in 0..frames.pages() {
+            a.memory.write(frames.addr + page * PAGE, &picture(frame, page));
+        }
+        a.end(frames.export(WRITE)).expect("END");
+        let seen = b.begin(frames.import(READ)).expect("BEGIN").generation.get();
+        assert_eq!(seen, 2 * frame - 1);
+        for page in 0..frames.pages() {
+            let bytes = b.window().read(page * PAGE, PAGE as usize).expect("shown");
+            assert_eq!(bytes, picture(frame, page), "page {page} of frame {frame}");
+        }
+        b.window().write(0, &frame.to_le_bytes());
+        b.end(frames.import(READ | WRITE)).expect("END");
+        a.begin(frames.export(READ)).expect("BEGIN");
+        assert_eq!(a.memory.read(frames.addr, 8), frame.to_le_bytes());
+        a.end(frames.export(READ)).expect("END");
+    }
+    let stats = client.stats().expect("STATS");
+    let copied = stats.iter().find(|(name, _)| name == "bytes_copied").expect("bytes_copied").1;
+    assert_eq!(copied == 0, frames.mode == Some(Mode::ZeroCopy), "{copied} bytes");
+}
+
+/// The whole window shows nothing of "a" but the buffer, and that only as long as there is a right to it.
+#[test]
+fn the_window_shows_nothing_else_of_a() {
+    const AT: u64 = 1 << 20;
+    let Bed { mut a, mut b, daemon: _daemon } = windowed();
+    a.memory.fill(FREE, 64 * PAGE, 0xc5);
+    a.pages(8);
+    let scan = |b: &Guest| {
+        let all = b.window().shown().into_iter();
+        all.flat_map(|(at, len)| b.window().read(at, len as usize).expect("shown")).collect()
+    };
+    let mut secret = 0x20u8;
+    type Lose<'a> = &'a mut dyn FnMut(&mut Guest, &mut Guest, Shared);
+    let mut lose = |a: &mut Guest, b: &mut Guest, lost: Lose<'_>| {
+        let shared = show(a, b, 4, AT);
+        a.memory.fill(shared.addr, shared.size, 0x11);
+        let _ = a.end(shared.export(WRITE));
+        b.begin(shared.import(READ)).expect("BEGIN");
+        assert!(b.window().read(AT - 1, 1).is_none(), "in front of it");
+        assert!(b.window().read(AT + shared.size, 1).is_none(), "behind it");
+        let seen: Vec<u8> = scan(b);
+        assert_eq!(seen, vec![0x11; shared.size as usize], "the buffer, and no canary");
+        b.window().write(AT, &[0x12; 16]);
+        lost(a, b, shared);
+        assert!(wait_for(SOON, || b.window().shown().is_empty()), "it is shown no longer");
+        secret += 1;
+        a.memory.fill(shared.addr, shared.size, secret);
+        let _ = a.end(shared.export(WRITE));
+        let _ = b.begin(shared.import(READ));
+        let _ = b.end(shared.import(READ | WRITE));
+        assert_eq!(a.memory.read(shared.addr, 1), [secret], "B changes nothing");
+        let again = a.pages(4);
+        assert_eq!(a.memory.read(again, 1), [0xc5], "a canary behind the buffer was overwritten");
+    };
+    lose(&mut a, &mut b, &mut |_, b, shared| b.unmap(shared.mapping).expect("UNMAP"));
+    lose(&mut a, &mut b, &mut |_, b, shared| {
+        b.unmap(shared.mapping).expect("UNMAP");
+        b.detach(shared.attachment).expect("DETACH");
+    });
+    lose(&mut a, &mut b, &mut |a, b, shared| {
+        let (peer_id, flags) = (b.config.peer_id.get(), flag::GRANT_FORCE);
+        let revoke = Grant { flags, handle: shared.handle, peer_id, access: 0, lifetime_ms: 0 };
+        a.grant(revoke).expect("GRANT");
+    });
+    lose(&mut a, &mut b, &mut |a, _, shared| {
+        a.release_force(shared.handle).expect("RELEASE");
+    });
+    lose(&mut a, &mut b, &mut |_, b, _| b.reset(Stop::WithBase));
+    lose(&mut a, &mut b, &mut |a, _, _| a.reset(Stop::WithBase));
+    lose(&mut a, &mut b, &mut |a, _, _| a.reconnect());
+}
+
+/// A VMM that takes a second for each answer delays its own guest's mappings, and nobody's frames.
+#[test]
+fn a_slow_vmm_delays_no_other_vm() {
+    let Bed { mut a, mut b, daemon } = windowed();
+    let frames = show(&mut a, &mut b, 4, 0);
+    let delay = std::time::Duration::from_secs(1);
+    b.window().behave(Behaviour { delay, ..Default::default() });
+    let map = Map {
+        flags: 0,
+        handle: frames.attachment,
+        shm_offset: 1 << 20,
+        len: Some(PAGE),
+        ..Default::default()
+    };
+    b.control_ring().submit(&[&map.bytes()], &[24]).expect("room");
+    let mut c = guest(&daemon, "c");
+    let start = std::time::Instant::now();
+    let mut longest = start.elapsed();
+    while start.elapsed() < delay / 2 {
+        let round = std::time::Instant::now();
+        a.end(frames.export(WRITE)).expect("END");
+        b.begin(frames.import(READ)).expect("BEGIN");
+        b.end(frames.import(READ)).expect("END");
+        let (export, _) = c.export_pages(1);
+        c.release(export.handle.get()).expect("RELEASE");
+        longest = longest.max(round.elapsed());
+    }
+    assert!(longest < delay / 4, "{longest:?}");
+    b.control_ring().wait(SOON).expect("MAP");
+}
+
+/// Whoever dies with something in a window takes nobody along, and nothing is left of it.
+#[test]
+fn deaths_with_a_window_leave_nothing() {
+    let Bed { mut a, mut b, daemon } = windowed();
+    let before = daemon.fds();
+    for round in 0..12 {
+        let shared = show(&mut a, &mut b, 8, 0);
+        let more = Map {
+            flags: 0,
+            handle: shared.attachment,
+            shm_offset: 1 << 20,
+            len: Some(PAGE),
+            ..Default::default()
+        };
+        b.control_ring().submit(&[&more.bytes()], &[24]).expect("room");
+        std::thread::sleep(std::time::Duration::from_micros(100 * (round % 5)));
+        match round % 4 {
+            0 => b.reconnect(),
+            1 => a.reconnect(),
+            2 => b.reset(Stop::WithBase),
+            _ => a.reset(Stop::DisableOnly),
+        }
+        let (one, _) = a.export_pages(1);
+        a.release(one.handle.get()).expect("A lives");
+        b.reconnect();
+        a.reconnect();
+    }
+    let settled = wait_for(SOON, || daemon.fds() <= before);
+    assert!(settled, "{} descriptors, {before} before: {:#?}", daemon.fds(), daemon.fd_names());
+}
