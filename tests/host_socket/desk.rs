@@ -90,6 +90,13 @@ impl Desk {
 
     /// Exports one page that holds an XR24 image.
     pub fn export(&self, name: &str) -> (HandleId, Uuid) {
+        let offset = self.exports.replace(self.exports.get() + 1) % 256 * SIZE;
+        self.export_pages(name, FileSegment { file: self.ram.clone(), offset, len: SIZE })
+    }
+
+    /// Exports these pages; their first one holds an XR24 image.
+    pub fn export_pages(&self, name: &str, pages: FileSegment) -> (HandleId, Uuid) {
+        let size = pages.len;
         let mut image = Image {
             fourcc: u32::from_le_bytes(*b"XR24").into(),
             nr_planes: 1.into(),
@@ -99,16 +106,14 @@ impl Desk {
         };
         image.planes[0].stride = (WIDTH * 4).into();
         let what = Description {
-            size: SIZE,
+            size,
             access: Access::ALL,
             name: wire::pad_text(name),
             metadata_type: metadata::IMAGE,
             metadata: image.as_bytes().into(),
         };
-        let offset = self.exports.replace(self.exports.get() + 1) % 256 * SIZE;
-        let pages = vec![FileSegment { file: self.ram.clone(), offset, len: SIZE }];
         let wish = Wish { may_share: false, must_share: false };
-        let (backing, mode) = self.hub.dmabufs.make(pages, SIZE, wish, name).unwrap();
+        let (backing, mode) = self.hub.dmabufs.make(vec![pages], size, wish, name).unwrap();
         assert_eq!(backing.kind(), FdKind::Memfd);
         let uuid = Uuid::new_v4();
         let since = self.hub.now();

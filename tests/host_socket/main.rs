@@ -12,6 +12,7 @@ mod programs;
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bufshare::host::client::{Access, Client, Error};
@@ -20,6 +21,7 @@ use bufshare::host::packet::{self, Wait};
 use bufshare::host::wire::{self, FdKind, Type};
 use bufshare::ids::Access as Bits;
 use bufshare::limits::{MAX_CLIENT_WAITS, MAX_CLIENTS, MAX_LEASES};
+use bufshare::memory::FileSegment;
 use bufshare::protocol::{Mode, Status, flag};
 use desk::{Desk, READ, Raw, SIZE, WRITE, grant, request};
 use uuid::Uuid;
@@ -169,6 +171,66 @@ fn a_failed_copy_is_an_error_and_no_generation() {
     desk.ram.set_len(0).unwrap();
     assert_eq!(refused(client.end(lease.id, Access::WRITE)), Status::Io);
     assert_eq!(client.query(uuid).unwrap().buffer.generation, 0);
+}
+
+/// What one client has copied holds up neither another one nor the clock.
+#[test]
+fn a_long_copy_holds_up_nobody_else() {
+    let desk = Desk::start();
+    let len = 512 << 20;
+    let ram: File =
+        rustix::fs::memfd_create("ram", rustix::fs::MemfdFlags::CLOEXEC).unwrap().into();
+    ram.set_len(len).unwrap();
+    let ram = Arc::new(ram);
+    let pages = FileSegment { file: ram.clone(), offset: 0, len };
+    let (handle, uuid) = desk.export_pages("large", pages);
+    desk.grant(grant(handle, Bits::ALL));
+    let (_, small) = desk.offer("small");
+    let (mut writer, mut other) = (desk.client(), desk.client());
+    let lease = writer.acquire(uuid, WRITE, false).unwrap();
+    let held = other.acquire(small, READ, false).unwrap();
+    let content = File::from(lease.fd.try_clone().unwrap());
+    let copied = |client: &mut Client| {
+        let stats = client.stats().unwrap();
+        stats.into_iter().find(|(name, _)| name == "bytes_copied").unwrap().1
+    };
+    let mut meanwhile = false;
+    // A machine that has no time for the other client in half a second may have it the next time.
+    for round in 1..=5u8 {
+        let before = copied(&mut other);
+        content.write_all_at(&[round], 0).unwrap();
+        let hdr = request(Type::Sync, flag::SYNC_END | flag::SYNC_WRITE, 77);
+        let end = wire::Sync { hdr, lease: lease.id.into(), ..Default::default() };
+        packet::send(&writer, end.as_bytes(), None, Wait::Forever).unwrap();
+        let mut first = [0];
+        while first != [round] {
+            ram.read_exact_at(&mut first, 0).unwrap();
+        }
+        // The copy is under way: others are served, and what is due is done.
+        let late = other.begin(held.id, Access::READ, WAIT).and(other.end(held.id, Access::READ));
+        late.unwrap();
+        meanwhile |= copied(&mut other) == before;
+        let answer = packet::receive(&writer, Wait::Forever).unwrap().unwrap();
+        assert_eq!(answer.bytes[8], 77, "{answer:?}");
+        assert_eq!(copied(&mut other), before + len);
+        if meanwhile {
+            break;
+        }
+    }
+    assert!(meanwhile, "the other client waited for the copy");
+    // Whoever leaves in the middle of it leaves nothing behind.
+    let hdr = request(Type::Sync, flag::SYNC_END | flag::SYNC_WRITE, 78);
+    let end = wire::Sync { hdr, lease: lease.id.into(), ..Default::default() };
+    packet::send(&writer, end.as_bytes(), None, Wait::Forever).unwrap();
+    drop((writer, lease, content));
+    let since = Instant::now();
+    while desk.hub.read(|registry| registry.lease_count()) > 1 {
+        assert!(since.elapsed() < WAIT);
+    }
+    desk.release(handle, false);
+    while other.query(uuid).is_ok() {
+        assert!(since.elapsed() < WAIT);
+    }
 }
 
 #[test]
