@@ -1718,3 +1718,6 @@ mod deadlines {
 
 #[path = "importer_tests.rs"]
 mod importers;
+
+#[path = "client_tests.rs"]
+mod client;
