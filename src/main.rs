@@ -23,7 +23,7 @@ use bufshare::host::listener::{ListenError, Listener};
 use bufshare::host::server::Server;
 use bufshare::hub::{Hub, VmSpec};
 use bufshare::ids::PeerId;
-use bufshare::policy::Policy;
+use bufshare::policy::{Allowed, Policy};
 use bufshare::{ioctl, limits, protocol, sandbox, serve};
 use clap::Parser;
 use rustix::net::sockopt::socket_acceptconn;
@@ -155,7 +155,12 @@ fn raise_fd_limit(settings: &Settings, dmabufs: &DmaBufs) {
     }
     let of = |vm: &Vm| u64::from(vm.quota.max_exports) * dmabufs.fds_per_export(vm.unsealed_ram);
     let exports: u64 = settings.vms.iter().map(of).sum();
-    let needed = exports + settings.vms.len() as u64 * limits::FDS_PER_VM + limits::FDS_OF_DAEMON;
+    let policy = Policy::new(settings.rules.clone());
+    let mut peers = (PeerId::FIRST_VM.0..).map(PeerId).take(settings.vms.len());
+    let lends = peers.any(|vm| policy.allows(PeerId::HOST, vm) != Allowed::No);
+    let lent = if lends { 2 * u64::from(limits::MAX_HOST_EXPORTS) } else { 0 };
+    let needed =
+        exports + lent + settings.vms.len() as u64 * limits::FDS_PER_VM + limits::FDS_OF_DAEMON;
     if let Some(most) = getrlimit(Resource::Nofile).current.filter(|most| *most < needed) {
         log::warn!(
             "at most {most} files can be open, and these VMs may need {needed}: beyond it EXPORT answers NOMEM; \

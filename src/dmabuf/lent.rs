@@ -31,6 +31,18 @@ pub enum Unfit {
     Size,
     #[error("a dma-buf that cannot be mapped")]
     Map,
+    #[error("this host has no descriptor or memory left")]
+    NoRoom,
+}
+
+impl Unfit {
+    /// This, unless the kernel says that it has no room.
+    fn unless_full(self, error: &io::Error) -> Unfit {
+        match error.raw_os_error() {
+            Some(libc::ENOMEM | libc::EMFILE | libc::ENFILE) => Unfit::NoRoom,
+            _ => self,
+        }
+    }
 }
 
 impl Backing {
@@ -142,7 +154,8 @@ impl DmaBufs {
         if u64::try_from(stat.st_size) != Ok(size) {
             return Err(Unfit::Size);
         }
-        let file = self.reopen(fd, access.write).or(Err(Unfit::Access))?;
+        let file =
+            self.reopen(fd, access.write).map_err(|error| Unfit::Access.unless_full(&error))?;
         // Who may only read gets a copy of its own in any case.
         let device = self.device.as_ref().filter(|_| access.write);
         let wrapped = device.and_then(|device| device.wrap(file.as_fd(), size).ok());
@@ -167,6 +180,7 @@ fn lend_dma_buf(fd: OwnedFd, size: u64, access: Access) -> Result<Backing, Unfit
     if open == OFlags::WRONLY || (access.write && open != OFlags::RDWR) {
         return Err(Unfit::Access);
     }
-    let map = Mapping::new(&fd, len, access.write).or(Err(Unfit::Map))?;
+    let map =
+        Mapping::new(&fd, len, access.write).map_err(|error| Unfit::Map.unless_full(&error))?;
     Ok(Backing { fd: Some(fd), pages: Box::default(), private: None, mapped: Some(map) })
 }

@@ -72,8 +72,10 @@ pub fn export(client: ClientId, bytes: &[u8], cookie: u64, fd: OwnedFd, hub: &Hu
         Ok(match (hub.finish_host_export(ticket, lent), unfit) {
             (_, Some(unfit)) => {
                 log::debug!("client {client}: not taken in: {unfit}");
-                let detail = fault(unfit).to_wire();
-                refused(hub, Status::Fault, detail, cookie)
+                match fault(unfit) {
+                    Some(why) => refused(hub, Status::Fault, why.to_wire(), cookie),
+                    None => refused(hub, Status::NoMem, 0, cookie),
+                }
             }
             (Err(status), None) => refused(hub, status, 0, cookie),
             (Ok((handle, uuid)), None) => {
@@ -96,14 +98,15 @@ fn refused(hub: &Hub, status: Status, detail: u32, cookie: u64) -> Outgoing {
     refusal(Type::Export.to_wire(), status, detail, cookie)
 }
 
-fn fault(unfit: Unfit) -> wire::Fault {
-    match unfit {
+fn fault(unfit: Unfit) -> Option<wire::Fault> {
+    Some(match unfit {
         Unfit::Kind => wire::Fault::Kind,
         Unfit::Unsealed => wire::Fault::Unsealed,
         Unfit::Access => wire::Fault::Access,
         Unfit::Size => wire::Fault::Size,
         Unfit::Map => wire::Fault::Map,
-    }
+        Unfit::NoRoom => return None,
+    })
 }
 
 fn judge(bytes: &[u8]) -> Result<(wire::Export, Description), Refusal> {

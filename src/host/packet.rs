@@ -35,6 +35,8 @@ pub struct Packet {
     pub more: Option<OwnedFd>,
     /// Bytes or fds were lost: it is longer than a packet may be.
     pub truncated: bool,
+    /// An fd came, and this process has no room for it.
+    pub no_room: bool,
 }
 
 /// Sends one packet. The fd, if any, is duplicated by the kernel.
@@ -83,11 +85,12 @@ pub fn receive(socket: impl AsFd, wait: Wait) -> Result<Option<Packet>> {
         }
         let lost = got.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC);
         let truncated = lost || more.is_some();
+        let no_room = got.flags.contains(ReturnFlags::CTRUNC) && fd.is_none();
         if got.bytes == 0 && fd.is_none() && !truncated {
             return Ok(None);
         }
         bytes.truncate(got.bytes);
-        Ok(Some(Packet { bytes, fd, more, truncated }))
+        Ok(Some(Packet { bytes, fd, more, truncated, no_room }))
     })
 }
 

@@ -151,6 +151,9 @@ impl Session {
             hub.metrics.answered_host(Type::from_wire(req.kind.get()), status);
             refusal(req.kind.get(), status, detail, req.cookie.get())
         };
+        if packet.no_room {
+            return Ok(Answer::Now(refused(Status::NoMem.into())));
+        }
         if fds.is_empty() {
             let answer = self.carry_out(&req, &packet, hub, people);
             return Ok(answer.unwrap_or_else(|why| Answer::Now(refused(why))));

@@ -18,19 +18,22 @@ use bufshare::limits::{
 use bufshare::protocol::{Image, Opcode, Status, feature, flag, metadata, peer};
 use rustix::fs::{MemfdFlags, OFlags, SealFlags, fcntl_add_seals, memfd_create};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
 use zerocopy::IntoBytes;
 
-use crate::common::{Attach, Daemon, Guest, Launch, Map, PAGE, Refused, Setup, Sync, wait_for};
+use crate::common::{
+    Attach, Daemon, Guest, Launch, Map, PAGE, Refused, Setup, Sync, skip, wait_for,
+};
 use crate::desk::{READ, Raw, WRITE, request};
 use crate::refused;
 
 const SOON: Duration = Duration::from_secs(10);
 const NONE: Duration = Duration::ZERO;
-const SYNC_READ: u16 = flag::SYNC_READ;
-const SYNC_WRITE: u16 = flag::SYNC_WRITE;
+pub const SYNC_READ: u16 = flag::SYNC_READ;
+pub const SYNC_WRITE: u16 = flag::SYNC_WRITE;
 
 /// VM `a` may have buffers of the host, VM `b` may not.
-fn bed() -> (Daemon, Guest) {
+pub fn bed() -> (Daemon, Guest) {
     let launch = Launch {
         vms: ["name=a", "name=b"].map(String::from).to_vec(),
         args: ["--allow", "host:a"].map(String::from).to_vec(),
@@ -45,11 +48,11 @@ fn guest(daemon: &Daemon, name: &str) -> Guest {
     Setup { decline: 1 << feature::PEERS, ..Default::default() }.connect(daemon, name)
 }
 
-fn client(daemon: &Daemon) -> Client {
+pub fn client(daemon: &Daemon) -> Client {
     Client::connect(&daemon.host_socket(), "lender").unwrap()
 }
 
-fn memfd(size: u64, seals: SealFlags) -> File {
+pub fn memfd(size: u64, seals: SealFlags) -> File {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
     let fd = File::from(memfd_create("lent", flags).unwrap());
     fd.set_len(size).unwrap();
@@ -59,7 +62,7 @@ fn memfd(size: u64, seals: SealFlags) -> File {
     fd
 }
 
-fn loan(size: u64, access: u32) -> Loan<'static> {
+pub fn loan(size: u64, access: u32) -> Loan<'static> {
     Loan { size, access, name: "picture", metadata_type: metadata::NONE, metadata: &[] }
 }
 
@@ -67,13 +70,17 @@ fn loan(size: u64, access: u32) -> Loan<'static> {
 fn lend(client: &mut Client, pages: u64, access: u32) -> (Export, File) {
     let memory = memfd(pages * PAGE, SealFlags::SHRINK);
     let export = client.export(&memory, &loan(pages * PAGE, access)).unwrap();
-    let a = client.peers().unwrap().into_iter().find(|peer| peer.name == "a").unwrap();
-    client.grant(export.handle, a.id, access, 0, NONE).unwrap();
+    grant_a(client, &export, access);
     (export, memory)
 }
 
+pub fn grant_a(client: &mut Client, export: &Export, access: u32) {
+    let a = client.peers().unwrap().into_iter().find(|peer| peer.name == "a").unwrap();
+    client.grant(export.handle, a.id, access, 0, NONE).unwrap();
+}
+
 /// ATTACHed and mapped to fresh pages of the guest.
-fn map(guest: &mut Guest, export: &Export, pages: u64, access: u32) -> (u64, u64, u64) {
+pub fn map(guest: &mut Guest, export: &Export, pages: u64, access: u32) -> (u64, u64, u64) {
     let uuid = export.uuid.into_bytes();
     let (attached, _) =
         guest.attach(Attach { uuid, access, ..Default::default() }).expect("ATTACH");
@@ -84,7 +91,7 @@ fn map(guest: &mut Guest, export: &Export, pages: u64, access: u32) -> (u64, u64
     (handle, mapping, view)
 }
 
-fn sync(handle: u64, flags: u16) -> Sync {
+pub fn sync(handle: u64, flags: u16) -> Sync {
     Sync { handle, flags, timeout_ns: u64::MAX, ..Default::default() }
 }
 
@@ -92,7 +99,7 @@ fn event(client: &mut Client) -> Event {
     client.next_event(Some(SOON)).unwrap().expect("an event")
 }
 
-fn fault<T>(result: Result<T, Error>) -> Option<Fault> {
+pub fn fault<T>(result: Result<T, Error>) -> Option<Fault> {
     match result {
         Err(Error::Refused { status: Status::Fault, detail, .. }) => Fault::from_wire(detail),
         Err(error) => panic!("{error}"),
@@ -377,6 +384,10 @@ fn deaths_on_both_sides_leave_nothing() {
 
 #[test]
 fn exports_are_bounded_for_one_and_for_all() {
+    let most = getrlimit(Resource::Nofile).maximum;
+    if most.is_some_and(|most| most < 2 * u64::from(MAX_HOST_EXPORTS)) {
+        return skip("fewer files can be open than host programs may export");
+    }
     let (daemon, _guest) = bed();
     let one = memfd(PAGE, SealFlags::SHRINK);
     let fill = |client: &mut Client| {
@@ -410,6 +421,29 @@ fn exports_are_bounded_for_one_and_for_all() {
     let mut late = client(&daemon);
     assert_eq!(refused(late.export(&one, &loan(PAGE, READ))), Status::Quota);
     const { assert!(MAX_CLIENT_BYTES <= DEFAULT_MAX_TOTAL) };
+}
+
+/// A daemon that has no descriptor left says so, and goes on when it has one again.
+#[test]
+fn without_a_descriptor_left_nothing_is_taken_in() {
+    let (daemon, _guest) = bed();
+    let mut client = client(&daemon);
+    let one = memfd(PAGE, SealFlags::SHRINK);
+    let most = daemon.fds() as u64 + 20;
+    let pid = Pid::from_raw(i32::try_from(daemon.pid()).unwrap());
+    let limit = Rlimit { current: Some(most), maximum: getrlimit(Resource::Nofile).maximum };
+    prlimit(pid, Resource::Nofile, limit).unwrap();
+    let mut exports = Vec::new();
+    let refusal = loop {
+        match client.export(&one, &loan(PAGE, READ)) {
+            Ok(export) => exports.push(export),
+            refused => break crate::refused(refused),
+        }
+        assert!(exports.len() < 100);
+    };
+    assert_eq!(refusal, Status::NoMem);
+    assert!(client.take_back(exports[0].handle, false).unwrap());
+    client.export(&one, &loan(PAGE, READ)).expect("there is one again");
 }
 
 /// Sends a packet with these fds.
@@ -501,7 +535,7 @@ fn what_follows_an_export_waits_for_it() {
 fn the_answer_says_what_a_vm_could_map() {
     let (daemon, _guest) = bed();
     let mut client = client(&daemon);
-    let has_udmabuf = !daemon.log().contains("copy mode:");
+    let has_udmabuf = daemon.log().contains("zero-copy mode:");
     let kind = |access| {
         let memory = memfd(PAGE, SealFlags::SHRINK);
         client.export(&memory, &loan(PAGE, access)).unwrap().fd_kind

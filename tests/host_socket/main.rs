@@ -4,6 +4,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod desk;
+mod dma_bufs;
 mod events;
 mod holders;
 mod lend;
