@@ -7,7 +7,7 @@ use std::time::Duration;
 use uuid::Uuid;
 
 use super::{HostNews, Hub, Memory, lock};
-use crate::dmabuf::{Backing, Unfit};
+use crate::dmabuf::{Backing, FdKind, Unfit};
 use crate::ids::{Access, ClientId, Cookie, HandleId, LeaseId};
 use crate::protocol::{Mode, State, Status};
 use crate::registry::{
@@ -105,15 +105,15 @@ impl Hub {
         ticket: ClientTicket,
         lent: Result<Backing, Unfit>,
     ) -> Result<(HandleId, Uuid), Status> {
-        // Its references are not counted: they are the client's, and nobody can ACQUIRE it.
-        let (uuid, since, observable) = (Uuid::new_v4(), self.now(), false);
+        let uuid = Uuid::new_v4();
         let made = lent.or(Err(Status::Fault)).map(|backing| Exported {
             shows: backing.heirloom().is_some(),
+            // Who refers to a dma-buf of the client's own tells nothing: the client does.
+            observable: backing.kind() == FdKind::DmaBuf && !backing.is_mapped(),
             backing: backing.into(),
             mode: Mode::ZeroCopy,
-            since,
+            since: self.now(),
             uuid,
-            observable,
         });
         self.with(|registry, _| registry.finish_client_export(ticket, made))
     }

@@ -26,7 +26,8 @@ impl World {
     fn lent(&mut self, client: ClientId) -> (Export, HandleId) {
         let export = self.try_lend(client, PAGE).unwrap();
         self.grant_lent(client, export, ALL).unwrap();
-        let request = AttachRequest { uuid: export.uuid, access: ALL, zero_copy: false, window: false };
+        let request =
+            AttachRequest { uuid: export.uuid, access: ALL, zero_copy: false, window: false };
         let handle = self.registry.attach(self.ui, request, self.now).unwrap().handle;
         let request = MapRequest { handle, offset: 0, len: PAGE, access: ALL };
         let ticket = self.registry.begin_map(self.ui, request, false).unwrap();
@@ -167,7 +168,8 @@ fn what_came_and_went_untold_is_not_told() {
     let session = w.registry.open_session(UI, true).unwrap();
     w.ui = session;
     // What is gone with its response has nothing left to tell.
-    let request = AttachRequest { uuid: export.uuid, access: READ, zero_copy: false, window: false };
+    let request =
+        AttachRequest { uuid: export.uuid, access: READ, zero_copy: false, window: false };
     w.registry.attach(w.ui, request, w.now).unwrap();
     assert_eq!(w.take_back(ANNE, export), Ok((State::Released, 0)));
     assert_eq!(w.lender_told(ANNE), []);

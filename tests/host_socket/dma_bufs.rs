@@ -5,16 +5,16 @@ use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::Duration;
 
-use bufshare::host::client::{Access, Client};
+use bufshare::host::client::{Access, Client, Event};
 use bufshare::host::wire::{Fault, FdKind};
 use bufshare::ioctl::{
     DmaBufSync, Mapping, UdmabufItem, dma_buf_sync, ioctl_flat, ioctl_new_fd, iow, iowr,
     udmabuf_create,
 };
-use bufshare::protocol::{RespSync, Status, access};
+use bufshare::protocol::{Mode, RespSync, Status, access};
 use rustix::fs::{OFlags, SealFlags};
 
-use super::lend::{self, SYNC_READ, SYNC_WRITE, bed, loan, map, sync};
+use super::lend::{self, SYNC_READ, SYNC_WRITE, bed, bed_with_window, loan, map, sync};
 use crate::common::{PAGE, Refused, skip};
 use crate::desk::{READ, WRITE};
 
@@ -70,7 +70,6 @@ fn there_and_back(dma_buf: Option<OwnedFd>) {
     let Some(fd) = dma_buf else { return };
     let (daemon, mut guest) = bed();
     let mut client = lend::client(&daemon);
-    let before = daemon.fds();
     let export = client.export(&fd, &loan(PAGES * PAGE, READ | WRITE)).unwrap();
     assert_eq!(export.fd_kind, FdKind::DmaBuf);
     lend::grant_a(&mut client, &export, READ | WRITE);
@@ -93,6 +92,9 @@ fn there_and_back(dma_buf: Option<OwnedFd>) {
         assert!(seen[..at] == drawn[..at] && seen[at + 8..] == drawn[at + 8..]);
         client.end(export.handle, Access::READ).unwrap();
     }
+    assert!(client.take_back(export.handle, true).unwrap());
+    in_the_window(&fd, &memory);
+    let before = daemon.fds();
     // The rest of the rules is that of memfds.
     let mut refused = |size, access| lend::fault(client.export(&fd, &loan(size, access)));
     assert_eq!(refused(PAGES * PAGE / 2, READ), Some(Fault::Size));
@@ -102,6 +104,35 @@ fn there_and_back(dma_buf: Option<OwnedFd>) {
     drop(client);
     let gone = || daemon.fds() < before;
     assert!(crate::common::wait_for(SOON, gone), "{:#?}", daemon.fd_names());
+}
+
+/// Zero copies: the guest sees the very pages.
+fn in_the_window(fd: &OwnedFd, memory: &Mapping) {
+    let (daemon, mut guest) = bed_with_window();
+    let mut client = lend::client(&daemon);
+    let export = client.export(fd, &loan(PAGES * PAGE, READ | WRITE)).unwrap();
+    lend::grant_a(&mut client, &export, READ | WRITE);
+    let (handle, mapping, mode) = lend::show(&mut guest, &export, PAGES, READ | WRITE);
+    assert_eq!(mode, Mode::ZeroCopy);
+    for frame in 1..=100u64 {
+        client.begin(export.handle, Access::WRITE, SOON).unwrap();
+        bracketed(fd, || memory.write_at(5 * PAGE as usize, &frame.to_le_bytes()).unwrap());
+        client.end(export.handle, Access::WRITE).unwrap();
+        guest.begin(sync(handle, SYNC_READ | SYNC_WRITE)).expect("BEGIN");
+        assert_eq!(guest.window().read(5 * PAGE, 8).unwrap(), frame.to_le_bytes());
+        guest.window().write(6 * PAGE, &frame.to_be_bytes());
+        guest.end(sync(handle, SYNC_READ | SYNC_WRITE)).expect("END");
+        client.begin(export.handle, Access::READ, SOON).unwrap();
+        let mut seen = [0; 8];
+        bracketed(fd, || memory.read_at(6 * PAGE as usize, &mut seen).unwrap());
+        assert_eq!(seen, frame.to_be_bytes());
+        client.end(export.handle, Access::READ).unwrap();
+    }
+    assert_eq!(lend::stat(&mut client, "bytes_copied"), 0);
+    assert!(!client.take_back(export.handle, true).unwrap(), "the VMM has it until it says so");
+    guest.unmap(mapping).expect("UNMAP");
+    let released = |event| matches!(event, Some(Event::Released { .. }));
+    while !released(client.next_event(Some(SOON)).unwrap()) {}
 }
 
 #[test]

@@ -15,14 +15,14 @@ use bufshare::limits::{
     DEFAULT_MAX_TOTAL, MAX_CLIENT_BYTES, MAX_CLIENT_EXPORTS, MAX_HOST_BYTES, MAX_HOST_EXPORTS,
     MAX_METADATA,
 };
-use bufshare::protocol::{Image, Opcode, Status, feature, flag, metadata, peer};
+use bufshare::protocol::{Image, Mode, Opcode, Status, feature, flag, metadata, peer};
 use rustix::fs::{MemfdFlags, OFlags, SealFlags, fcntl_add_seals, memfd_create};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
 use zerocopy::IntoBytes;
 
 use crate::common::{
-    Attach, Daemon, Guest, Launch, Map, PAGE, Refused, Setup, Sync, skip, wait_for,
+    Attach, Behaviour, Daemon, Guest, Launch, Map, PAGE, Refused, Setup, Sync, skip, wait_for,
 };
 use crate::desk::{READ, Raw, WRITE, request};
 use crate::refused;
@@ -42,6 +42,33 @@ pub fn bed() -> (Daemon, Guest) {
     let daemon = launch.start();
     let guest = guest(&daemon, "a");
     (daemon, guest)
+}
+
+/// As [`bed`], where VM `a` has a window.
+pub fn bed_with_window() -> (Daemon, Guest) {
+    let (daemon, guest) = bed();
+    drop(guest);
+    let vmm = Some(Behaviour::default());
+    let setup = Setup { decline: 1 << feature::PEERS, vmm, ..Default::default() };
+    let guest = setup.connect(&daemon, "a");
+    (daemon, guest)
+}
+
+/// What a number among the daemon's statistics is.
+pub fn stat(client: &mut Client, wanted: &str) -> u64 {
+    let stats = client.stats().unwrap();
+    stats.iter().find(|(name, _)| name == wanted).expect("a statistic").1
+}
+
+/// ATTACHed with this access and shown in the window of the guest from its start; the mode of the
+/// attachment.
+pub fn show(guest: &mut Guest, export: &Export, pages: u64, access: u32) -> (u64, u64, Mode) {
+    let uuid = export.uuid.into_bytes();
+    let (told, _) = guest.attach(Attach { uuid, access, ..Default::default() }).expect("ATTACH");
+    let (handle, mode) = (told.handle.get(), Mode::from_wire(told.mode.get()).unwrap());
+    let map = Map { flags: 0, handle, len: Some(pages * PAGE), access, ..Default::default() };
+    let mapping = guest.map(&map).expect("MAP");
+    (handle, mapping, mode)
 }
 
 fn guest(daemon: &Daemon, name: &str) -> Guest {
@@ -527,6 +554,67 @@ fn what_follows_an_export_waits_for_it() {
         assert_eq!(raw.answer(), Some((Status::Ok, 2 * round)));
         let packet = packet::receive(&raw.0, Wait::Forever).unwrap().unwrap();
         assert_eq!(u64::from(packet.bytes[16]), (round + 1).min(50), "LIST sees it");
+    }
+}
+
+/// In a window: zero copies of what may be written where the host has udmabuf, else and for readers a copy.
+#[test]
+fn a_window_shows_what_is_lent() {
+    let (daemon, mut guest) = bed_with_window();
+    let mut client = client(&daemon);
+    for access in [READ | WRITE, READ] {
+        let (export, memory) = lend(&mut client, 4, access);
+        let (handle, mapping, mode) = show(&mut guest, &export, 4, access);
+        let shared = export.fd_kind == FdKind::DmaBuf && access == READ | WRITE;
+        assert_eq!(mode == Mode::ZeroCopy, shared);
+        let before = stat(&mut client, "bytes_copied");
+        memory.write_all_at(b"from the host", PAGE).unwrap();
+        client.end(export.handle, Access::WRITE).unwrap();
+        guest.begin(sync(handle, SYNC_READ)).expect("BEGIN");
+        assert_eq!(guest.window().read(PAGE, 13).unwrap(), b"from the host");
+        guest.end(sync(handle, SYNC_READ)).expect("END");
+        guest.window().write(2 * PAGE, b"from the guest");
+        let mut seen = [0; 14];
+        if access == READ {
+            guest.end(sync(handle, SYNC_WRITE)).refused(Status::Access);
+            memory.read_exact_at(&mut seen, 2 * PAGE).unwrap();
+            assert_eq!(seen, [0; 14], "its copy is its own");
+        } else {
+            guest.end(sync(handle, SYNC_WRITE)).expect("END");
+            memory.read_exact_at(&mut seen, 2 * PAGE).unwrap();
+            assert_eq!(&seen, b"from the guest");
+        }
+        assert_eq!(stat(&mut client, "bytes_copied") == before, shared);
+        // Only the VMM's word ends what it shows of the client's own pages.
+        assert_eq!(client.take_back(export.handle, false).unwrap(), !shared);
+        if shared {
+            guest.unmap(mapping).expect("UNMAP");
+            guest.detach(handle).expect("DETACH");
+            let released = |event| matches!(event, Event::Released { uuid } if uuid == export.uuid);
+            while !released(event(&mut client)) {}
+        }
+        assert!(wait_for(SOON, || guest.window().shown().is_empty()));
+        assert_eq!(refused(client.query(export.uuid)), Status::NoEnt);
+    }
+}
+
+/// A client that dies takes what a VM's window shows of it with it.
+#[test]
+fn a_window_shows_nothing_of_who_is_gone() {
+    let (daemon, mut guest) = bed_with_window();
+    let mut other = client(&daemon);
+    let before = daemon.fds();
+    for access in [READ | WRITE, READ] {
+        let mut client = client(&daemon);
+        let (export, _) = lend(&mut client, 4, access);
+        let (handle, ..) = show(&mut guest, &export, 4, access);
+        drop(client);
+        assert!(wait_for(SOON, || guest.window().shown().is_empty()), "the VMM is asked to unmap");
+        guest.begin(sync(handle, SYNC_READ)).refused(Status::Revoked);
+        guest.detach(handle).expect("DETACH");
+        assert!(wait_for(SOON, || stat(&mut other, "bytes_exported") == 0));
+        let settled = wait_for(SOON, || daemon.fds() <= before);
+        assert!(settled, "{} descriptors, {before} before: {:#?}", daemon.fds(), daemon.fd_names());
     }
 }
 
