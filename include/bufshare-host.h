@@ -39,9 +39,8 @@ enum bufshare_host_type {
 	BUFSHARE_HOST_RELEASE      = 0x0101,
 	BUFSHARE_HOST_SYNC         = 0x0102, /* BEGIN and END; BEGIN may stay pending */
 	BUFSHARE_HOST_CANCEL       = 0x0103,
-	/* numbers kept for later versions: UNSUPP in this one */
 	BUFSHARE_HOST_POINT_SIGNAL = 0x0104,
-	BUFSHARE_HOST_POINT_WAIT   = 0x0105,
+	BUFSHARE_HOST_POINT_WAIT   = 0x0105, /* may stay pending */
 	/* an exporter */
 	BUFSHARE_HOST_EXPORT       = 0x0200,
 	BUFSHARE_HOST_GRANT        = 0x0201,
@@ -301,7 +300,24 @@ struct bufshare_host_resp_sync {
 };
 struct bufshare_host_cancel {
 	struct bufshare_host_req hdr;
-	bufshare_le64 target; /* cookie of a pending BEGIN of this connection */
+	bufshare_le64 target; /* cookie of a pending BEGIN or WAIT of this connection */
+};
+
+/* ---- POINT_SIGNAL, POINT_WAIT ---------------------------------------------------------------------- */
+#define BUFSHARE_TL_ACQUIRE 0u
+#define BUFSHARE_TL_RELEASE 1u
+
+struct bufshare_host_point {
+	struct bufshare_host_req hdr;
+	bufshare_le64 lease;      /* or handle of an export */
+	bufshare_le32 timeline;   /* BUFSHARE_TL_* */
+	bufshare_le32 error;      /* SIGNAL: 0, or the status that waiters get */
+	bufshare_le64 point;
+	bufshare_le64 timeout_ns; /* WAIT: relative; at most max_wait_ms */
+};
+struct bufshare_host_resp_point {
+	struct bufshare_host_resp hdr;
+	bufshare_le64 reached;
 };
 
 /* ---- INSPECT, HOLDERS ------------------------------------------------------------------------------ */
@@ -420,6 +436,8 @@ BUFSHARE_SIZE(bufshare_host_resp_release, 24);
 BUFSHARE_SIZE(bufshare_host_sync, 48);
 BUFSHARE_SIZE(bufshare_host_resp_sync, 24);
 BUFSHARE_SIZE(bufshare_host_cancel, 24);
+BUFSHARE_SIZE(bufshare_host_point, 48);
+BUFSHARE_SIZE(bufshare_host_resp_point, 24);
 BUFSHARE_SIZE(bufshare_host_inspect, 32);
 BUFSHARE_SIZE(bufshare_host_report, 192);
 BUFSHARE_SIZE(bufshare_host_resp_inspect, 24);

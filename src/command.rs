@@ -4,6 +4,9 @@
 //! It knows neither rings nor buffers; it works on a private copy of the request. What it refuses
 //! has changed nothing.
 
+mod describe;
+pub mod point;
+
 use std::time::Duration;
 
 use uuid::Uuid;
@@ -11,12 +14,13 @@ use zerocopy::{FromBytes, Immutable, KnownLayout};
 
 use crate::ids::{Access, Cookie, HandleId, MappingId, PeerId, WindowRange};
 use crate::limits::MAX_RAW_SEGMENTS;
-use crate::protocol::{
-    self as wire, NAME_LEN, Opcode, Segment, Status, feature, flag, metadata, vq,
-};
+use crate::protocol::{self as wire, NAME_LEN, Opcode, Segment, Status, feature, flag, vq};
 use crate::registry::{
-    AttachRequest, Description, GrantRequest, MapRequest, SyncRequest, WindowRequest,
+    AttachRequest, Description, GrantRequest, MapRequest, PointWait, Signal, SyncRequest,
+    WindowRequest,
 };
+
+pub use describe::{check_metadata, check_name};
 
 /// Bytes of a request that are copied at most: the largest EXPORT, with more metadata than any
 /// device accepts, so that too much of it is told from too few bytes.
@@ -42,6 +46,8 @@ pub enum Command<'a> {
     Cancel { handle: HandleId, cookie: Cookie },
     Begin { handle: HandleId, sync: SyncRequest },
     End { handle: HandleId, sync: SyncRequest },
+    Signal { handle: HandleId, signal: Signal },
+    Wait { handle: HandleId, wait: PointWait },
 }
 
 /// EXPORT.
@@ -137,6 +143,8 @@ impl<'a> Raw<'a> {
                 Ok(Command::Cancel { handle: id(req.handle), cookie: Cookie(req.cookie.get()) })
             }
             Opcode::Sync => self.sync(flags),
+            Opcode::PointSignal if self.serves(opcode) => self.signal(flags),
+            Opcode::PointWait if self.serves(opcode) => self.wait(flags),
             _ => Err(Status::Unsupp),
         }
     }
@@ -147,6 +155,7 @@ impl<'a> Raw<'a> {
             && match opcode {
                 Opcode::PeerInfo => self.has(feature::PEERS),
                 Opcode::Attach | Opcode::Detach => self.has(feature::IMPORT),
+                Opcode::PointSignal | Opcode::PointWait => self.has(feature::TIMELINE),
                 Opcode::Map | Opcode::Unmap => {
                     let maps = self.has(feature::COPY) || self.has(feature::WINDOW);
                     self.has(feature::IMPORT) && maps
@@ -340,6 +349,7 @@ fn request_len(opcode: Opcode) -> Option<usize> {
         Opcode::PeerInfo => size_of::<wire::PeerInfo>(),
         Opcode::Cancel => size_of::<wire::Cancel>(),
         Opcode::Sync => size_of::<wire::Sync>(),
+        Opcode::PointSignal | Opcode::PointWait => size_of::<wire::Point>(),
         _ => return None,
     })
 }
@@ -355,6 +365,7 @@ fn response_len(opcode: Opcode) -> Option<usize> {
         Opcode::Release | Opcode::Query | Opcode::QueryLinger => size_of::<wire::RespState>(),
         Opcode::PeerInfo => size_of::<wire::RespPeerInfo>(),
         Opcode::Sync => size_of::<wire::RespSync>(),
+        Opcode::PointSignal | Opcode::PointWait => size_of::<wire::RespPoint>(),
         _ => return None,
     })
 }
@@ -365,34 +376,6 @@ fn id(handle: zerocopy::byteorder::little_endian::U64) -> HandleId {
 
 fn reserved(value: u32) -> Result<(), Status> {
     if value == 0 { Ok(()) } else { Err(Status::Inval) }
-}
-
-/// UTF-8, then NULs up to the end.
-/// UTF-8, NUL padded.
-pub fn check_name(name: &[u8; NAME_LEN]) -> Result<(), Status> {
-    let end = name.iter().position(|byte| *byte == 0).unwrap_or(NAME_LEN);
-    let (text, padding) = name.split_at(end);
-    let good = std::str::from_utf8(text).is_ok() && padding.iter().all(|byte| *byte == 0);
-    if good { Ok(()) } else { Err(Status::Inval) }
-}
-
-/// What a device makes sure of before it hands metadata on.
-pub fn check_metadata(kind: u32, bytes: &[u8], size: u64) -> Result<(), Status> {
-    match kind {
-        metadata::NONE if bytes.is_empty() => Ok(()),
-        metadata::IMAGE => check_image(bytes, size),
-        metadata::PRIVATE.. => Ok(()),
-        _ => Err(Status::Inval),
-    }
-}
-
-fn check_image(bytes: &[u8], size: u64) -> Result<(), Status> {
-    let image = wire::Image::read_from_bytes(bytes).ok().ok_or(Status::Inval)?;
-    let planes = usize::try_from(image.nr_planes.get()).ok().ok_or(Status::Inval)?;
-    let used = image.planes.get(..planes).filter(|used| !used.is_empty()).ok_or(Status::Inval)?;
-    let inside = used.iter().all(|plane| plane.offset.get() < size);
-    let clean = image.planes.iter().all(|plane| plane.reserved.get() == 0);
-    if inside && clean { Ok(()) } else { Err(Status::Inval) }
 }
 
 #[cfg(test)]

@@ -24,6 +24,7 @@ pub fn features(window: bool) -> u64 {
         VHOST_USER_F_PROTOCOL_FEATURES,
         feature::IMPORT,
         feature::COPY,
+        feature::TIMELINE,
         feature::PEERS,
         feature::READ_ONLY,
     ];

@@ -74,17 +74,19 @@ struct Worker {
 
 /// A request that waits.
 #[derive(Debug)]
-enum Parked {
-    /// BEGIN, for others.
-    Begin { slot: Slot, handle: HandleId, sync: SyncRequest },
-    /// MAP or UNMAP, for the VM's own VMM.
-    Vmm { slot: Slot, opcode: Opcode },
+struct Parked {
+    slot: Slot,
+    wait: Wait,
 }
 
-/// How a request may have to wait.
+/// What a request waits for.
 #[derive(Debug, Clone, Copy)]
 enum Wait {
+    /// BEGIN: for others; then there may be something to copy.
     Begin(HandleId, SyncRequest),
+    /// POINT_WAIT: for others.
+    Point,
+    /// MAP or UNMAP: for the VM's own VMM.
     Vmm(Opcode),
 }
 
@@ -236,30 +238,23 @@ impl Device {
             ring_room: u32::from(queue_size.saturating_sub(2)),
         };
         let command = raw.parse();
-        let may_wait = match &command {
-            Ok(Command::Begin { handle, sync }) => Some(Wait::Begin(*handle, *sync)),
-            Ok(Command::MapWindow(_)) => Some(Wait::Vmm(Opcode::Map)),
-            Ok(Command::Unmap { .. }) => Some(Wait::Vmm(Opcode::Unmap)),
-            _ => None,
+        // Of other requests, POINT_WAIT alone waits.
+        let wait = match &command {
+            Ok(Command::Begin { handle, sync }) => Wait::Begin(*handle, *sync),
+            Ok(Command::MapWindow(_)) => Wait::Vmm(Opcode::Map),
+            Ok(Command::Unmap { .. }) => Wait::Vmm(Opcode::Unmap),
+            _ => Wait::Point,
         };
         let outcome = match command {
             Ok(command) => execute(&self.hub, context, command),
             Err(status) => Some(Err(Refused::from(status))),
         };
-        match (outcome, may_wait) {
-            (None, Some(wait)) => {
-                let parked = match wait {
-                    Wait::Begin(handle, sync) => Parked::Begin { slot, handle, sync },
-                    Wait::Vmm(opcode) => Parked::Vmm { slot, opcode },
-                };
-                worker.parked.insert(token, parked);
-            }
-            (outcome, _) => {
-                let outcome = outcome.unwrap_or(Err(Status::Io.into()));
-                let bytes = reply::response(&outcome, raw.opcode(), &self.hub.metrics);
-                worker.rings.give(vrings, queue, slot, bytes);
-            }
-        }
+        let Some(outcome) = outcome else {
+            worker.parked.insert(token, Parked { slot, wait });
+            return;
+        };
+        let bytes = reply::response(&outcome, raw.opcode(), &self.hub.metrics);
+        worker.rings.give(vrings, queue, slot, bytes);
     }
 
     /// Answers the parked requests whose wait ended.
@@ -267,25 +262,28 @@ impl Device {
         for done in self.hub.take_done(self.peer) {
             let crate::registry::Origin::Vm(_, token) = done.origin else { continue };
             // A token of before a reset is parked no more.
-            let Some(Parked::Begin { slot, handle, sync }) = worker.parked.remove(&token) else {
-                continue;
+            let Some(Parked { slot, wait }) = worker.parked.remove(&token) else { continue };
+            let opcode = if matches!(wait, Wait::Point) { Opcode::PointWait } else { Opcode::Sync };
+            let outcome = match (done.status, wait) {
+                (Status::Ok, Wait::Begin(handle, sync)) => {
+                    begun(&self.hub, worker.session, handle, &sync, done.value)
+                }
+                (Status::Ok, _) => Ok(Reply::Point { reached: done.value }),
+                (status, _) => Err(Refused::from(status)),
             };
-            let outcome = match done.status {
-                Status::Ok => begun(&self.hub, worker.session, handle, &sync, done.generation),
-                status => Err(Refused::from(status)),
-            };
-            let bytes = reply::response(&outcome, Some(Opcode::Sync), &self.hub.metrics);
+            let bytes = reply::response(&outcome, Some(opcode), &self.hub.metrics);
             worker.rings.give(vrings, vq::SYNC, slot, bytes);
         }
         for settled in self.hub.take_settled(self.peer) {
-            let Some(Parked::Vmm { slot, opcode }) = worker.parked.remove(&settled.token) else {
+            let Some(Parked { slot, wait }) = worker.parked.remove(&settled.token) else {
                 continue;
             };
+            let opcode = if let Wait::Vmm(opcode) = wait { Some(opcode) } else { None };
             let outcome = match settled.status {
                 Status::Ok => Ok(settled.mapping.map_or(Reply::Done, Reply::Mapped)),
                 status => Err(Refused::from(status)),
             };
-            let bytes = reply::response(&outcome, Some(opcode), &self.hub.metrics);
+            let bytes = reply::response(&outcome, opcode, &self.hub.metrics);
             worker.rings.give(vrings, vq::CONTROL, slot, bytes);
         }
     }

@@ -89,6 +89,18 @@ pub fn execute(hub: &Hub, vm: Context<'_>, command: Command<'_>) -> Option<Resul
                 Err(status) => Err(status.into()),
             }
         }
+        Command::Signal { handle, signal } => {
+            let reached = hub.with(|r, _| r.signal_handle(session, handle, signal));
+            reached.map(|reached| Reply::Point { reached }).map_err(Refused::from)
+        }
+        Command::Wait { handle, wait } => {
+            let (token, room) = (vm.token, vm.ring_room);
+            match hub.with(|r, now| r.wait_handle(session, handle, wait, (token, room), now)) {
+                Ok(Begun::Now(reached)) => Ok(Reply::Point { reached }),
+                Ok(Begun::Waits) => return None,
+                Err(status) => Err(status.into()),
+            }
+        }
         Command::End { handle, sync } => hub
             .with(|r, _| r.end_handle(session, handle, sync))
             .and_then(|ended| hub.finish_end(ended))

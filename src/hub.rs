@@ -241,7 +241,7 @@ impl Hub {
                     }
                 }
                 Origin::Client(client, cookie) => {
-                    lock(&self.news).done.push((client, cookie, done.status, done.generation));
+                    lock(&self.news).done.push((client, cookie, done.status, done.value));
                     wake_host = true;
                 }
             }

@@ -341,14 +341,9 @@ wire_struct! {
     /// Answer to SYNC.
     RespSync [16] { hdr: Resp, generation: U64, }
 }
-wire_struct! {
-    /// POINT_SIGNAL, POINT_WAIT.
-    Point [40] { hdr: Req, handle: U64, timeline: U32, error: U32, point: U64, timeout_ns: U64, }
-}
-wire_struct! {
-    /// Answer to POINT_*.
-    RespPoint [16] { hdr: Resp, reached: U64, }
-}
+mod point;
+pub use point::{Line, Point, RespPoint};
+
 wire_struct! {
     /// CANCEL.
     Cancel [24] { hdr: Req, handle: U64, cookie: U32, reserved: U32, }

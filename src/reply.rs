@@ -21,6 +21,7 @@ pub enum Reply {
     Mapped(MappingId),
     Peer(PeerView),
     Synced { generation: u64 },
+    Point { reached: u64 },
 }
 
 /// A request that was refused and changed nothing.
@@ -88,6 +89,9 @@ pub fn response(
         .as_bytes()
         .to_vec(),
         Ok(Reply::Peer(view)) => peer_info(hdr, view).as_bytes().to_vec(),
+        Ok(Reply::Point { reached }) => {
+            wire::RespPoint { hdr, reached: (*reached).into() }.as_bytes().to_vec()
+        }
         Ok(Reply::Synced { generation }) => {
             wire::RespSync { hdr, generation: (*generation).into() }.as_bytes().to_vec()
         }

@@ -18,7 +18,7 @@ use uuid::Uuid;
 
 use super::channel::{Channel, Result, metadata, parse, records};
 use super::wire::{self, FdKind, Type};
-use crate::protocol::{self, Mode, Status};
+use crate::protocol::{self, Line, Mode, Status};
 
 pub use super::error::Error;
 pub use super::lend::Loan;
@@ -235,7 +235,40 @@ impl Client {
         Ok(parse::<wire::RespSync>(&packet, Type::Sync)?.0.generation.get())
     }
 
-    /// Ends a pending BEGIN: its answer is CANCELED.
+    /// Says that a timeline of the lease reached a point; with an error that is what those get who wait
+    /// for this very point.
+    pub fn signal(&mut self, lease: u64, line: Line, point: u64, error: Status) -> Result<u64> {
+        let cookie =
+            self.submit_point(Type::PointSignal, lease, line, point, error, Duration::ZERO)?;
+        let packet = self.channel.wait_reply(cookie)?;
+        Ok(parse::<wire::RespPoint>(&packet, Type::PointSignal)?.0.reached.get())
+    }
+
+    /// Waits until a timeline reached a point, at most `timeout`; what it reached then.
+    pub fn wait(&mut self, lease: u64, line: Line, point: u64, timeout: Duration) -> Result<u64> {
+        let cookie = self.submit_wait(lease, line, point, timeout)?;
+        let packet = self.channel.wait_reply(cookie)?;
+        Ok(parse::<wire::RespPoint>(&packet, Type::PointWait)?.0.reached.get())
+    }
+
+    /// Sends WAIT; the cookie is for [`Client::take_reached`] and [`Client::cancel`].
+    pub fn submit_wait(
+        &mut self,
+        lease: u64,
+        line: Line,
+        point: u64,
+        timeout: Duration,
+    ) -> Result<u64> {
+        self.submit_point(Type::PointWait, lease, line, point, Status::Ok, timeout)
+    }
+
+    /// The answer to a submitted WAIT, if it arrived ([`Client::dispatch`] takes it in).
+    pub fn take_reached(&mut self, cookie: u64) -> Result<Option<u64>> {
+        let Some(packet) = self.channel.take_reply(cookie)? else { return Ok(None) };
+        Ok(Some(parse::<wire::RespPoint>(&packet, Type::PointWait)?.0.reached.get()))
+    }
+
+    /// Ends a pending BEGIN or WAIT: its answer is CANCELED.
     pub fn cancel(&mut self, cookie: u64) -> Result<()> {
         let hdr = self.channel.header(Type::Cancel, 0);
         self.channel.call(&hdr, &wire::Cancel { hdr, target: cookie.into() }).map(drop)
@@ -277,6 +310,27 @@ impl Client {
     /// Takes in what has arrived, without waiting.
     pub fn dispatch(&mut self) -> Result<()> {
         self.channel.dispatch()
+    }
+
+    fn submit_point(
+        &mut self,
+        kind: Type,
+        lease: u64,
+        line: Line,
+        point: u64,
+        error: Status,
+        timeout: Duration,
+    ) -> Result<u64> {
+        let hdr = self.channel.header(kind, 0);
+        let request = wire::Point {
+            hdr,
+            lease: lease.into(),
+            timeline: line.to_wire().into(),
+            error: u32::from(error.to_wire()).into(),
+            point: point.into(),
+            timeout_ns: u64::try_from(timeout.as_nanos()).unwrap_or(u64::MAX).into(),
+        };
+        self.channel.submit(&hdr, &request, None)
     }
 
     fn submit_sync(

@@ -3,6 +3,8 @@
 //!
 //! It knows the protocol and the hub, not sockets or queues. A refusal changes nothing.
 
+mod point;
+
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
@@ -45,8 +47,8 @@ pub struct Session {
     pub name: Option<[u8; NAME_LEN]>,
     /// Its WATCH, under the cookie of the request.
     pub watch: Option<(u64, Watch)>,
-    /// Its pending BEGINs: our number, and the cookie of the request.
-    waits: HashMap<Cookie, u64>,
+    /// What is pending: our number, the cookie of the request, and its type.
+    waits: HashMap<Cookie, (u64, Type)>,
     last_wait: u32,
     /// Its exports: the cookie of the request.
     exports: HashMap<HandleId, u64>,
@@ -215,7 +217,8 @@ impl Session {
             Type::Grant => export::grant(self.client, &parse(bytes)?, hub),
             // It came without an fd.
             Type::Export => Err(Status::Inval.into()),
-            Type::PointSignal | Type::PointWait => Err(Status::Unsupp.into()),
+            Type::PointSignal => self.signal(&parse(bytes)?, hub),
+            Type::PointWait => self.wait(&parse(bytes)?, hub),
             Type::EvtOffered | Type::EvtRevoked | Type::EvtWithdrawn => Err(Status::Unsupp.into()),
             Type::EvtChanged | Type::EvtResync => Err(Status::Unsupp.into()),
             Type::EvtReleased | Type::EvtIdle | Type::EvtBusy => Err(Status::Unsupp.into()),
@@ -308,7 +311,7 @@ impl Session {
     fn sync(&mut self, request: &wire::Sync, hub: &Hub) -> Result<Answer, Refusal> {
         let flags = request.hdr.flags.get();
         let lease = LeaseId(request.lease.get());
-        self.last_wait = self.last_wait.checked_add(1).unwrap_or(1);
+        let number = self.next_wait();
         let sync = SyncRequest {
             bits: Access {
                 read: flags & flag::SYNC_READ != 0,
@@ -318,7 +321,7 @@ impl Session {
             len: request.len.get(),
             nonblock: flags & flag::SYNC_NONBLOCK != 0,
             timeout: Duration::from_nanos(request.timeout_ns.get()),
-            cookie: Cookie(self.last_wait),
+            cookie: number,
         };
         let cookie = request.hdr.cookie.get();
         let generation = if flags & flag::SYNC_END != 0 {
@@ -341,7 +344,7 @@ impl Session {
             match hub.host_begin(self.client, lease, sync, full)? {
                 Begun::Now(generation) => generation,
                 Begun::Waits => {
-                    self.waits.insert(sync.cookie, cookie);
+                    self.waits.insert(sync.cookie, (cookie, Type::Sync));
                     return Ok(Answer::Later);
                 }
             }
@@ -351,7 +354,7 @@ impl Session {
 
     fn cancel(&mut self, request: &wire::Cancel, hub: &Hub) -> Result<Answer, Refusal> {
         let target = request.target.get();
-        let named = self.waits.iter().find(|(_, cookie)| **cookie == target);
+        let named = self.waits.iter().find(|(_, (cookie, _))| *cookie == target);
         let number = *named.ok_or(Status::NoEnt)?.0;
         hub.host_cancel(self.client, number)?;
         Ok(ok(&request.hdr).as_bytes().to_vec().into())
@@ -376,12 +379,13 @@ impl Session {
         Some(export::event(event, cookie))
     }
 
-    /// The answer to a pending BEGIN that ended.
-    pub fn begun(&mut self, number: Cookie, status: Status, generation: u64) -> Option<Outgoing> {
-        let cookie = self.waits.remove(&number)?;
-        Some(match status {
-            Status::Ok => synced(cookie, generation),
-            status => refusal(Type::Sync.to_wire(), status, 0, cookie),
+    /// The answer to a pending request that ended.
+    pub fn begun(&mut self, number: Cookie, status: Status, value: u64) -> Option<Outgoing> {
+        let (cookie, kind) = self.waits.remove(&number)?;
+        Some(match (status, kind) {
+            (Status::Ok, Type::Sync) => synced(cookie, value),
+            (Status::Ok, kind) => point::reached(kind, cookie, value),
+            (status, kind) => refusal(kind.to_wire(), status, 0, cookie),
         })
     }
 }

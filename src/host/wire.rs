@@ -215,6 +215,14 @@ wire_struct! {
     RespSync [24] { hdr: Resp, generation: U64, }
 }
 wire_struct! {
+    /// POINT_SIGNAL, POINT_WAIT.
+    Point [48] { hdr: Req, lease: U64, timeline: U32, error: U32, point: U64, timeout_ns: U64, }
+}
+wire_struct! {
+    /// Answer to them.
+    RespPoint [24] { hdr: Resp, reached: U64, }
+}
+wire_struct! {
     /// CANCEL.
     Cancel [24] { hdr: Req, target: U64, }
 }

@@ -80,6 +80,8 @@ fn numbers_and_sizes_equal_those_of_the_c_header_and_of_the_document() {
         ("host_resp_release", size_of::<RespRelease>()),
         ("host_sync", size_of::<Sync>()),
         ("host_resp_sync", size_of::<RespSync>()),
+        ("host_point", size_of::<Point>()),
+        ("host_resp_point", size_of::<RespPoint>()),
         ("host_cancel", size_of::<Cancel>()),
         ("host_inspect", size_of::<Inspect>()),
         ("host_report", size_of::<Report>()),

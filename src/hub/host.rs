@@ -11,8 +11,8 @@ use crate::dmabuf::{Backing, FdKind, Unfit};
 use crate::ids::{Access, ClientId, Cookie, HandleId, LeaseId};
 use crate::protocol::{Mode, State, Status};
 use crate::registry::{
-    Acquired, Begun, BufferInfo, ClientTicket, Ended, ExportEvent, Exported, Registry, Report,
-    SyncRequest,
+    Acquired, Begun, BufferInfo, ClientTicket, Ended, ExportEvent, Exported, PointWait, Registry,
+    Report, Signal, SyncRequest,
 };
 use crate::sync::Wake;
 
@@ -149,7 +149,28 @@ impl Hub {
         self.with(|registry, _| registry.end_access(client, lease, sync))
     }
 
-    /// CANCEL of a client's BEGIN.
+    /// POINT_SIGNAL of a lease. Returns the point.
+    pub fn host_signal(
+        &self,
+        client: ClientId,
+        lease: LeaseId,
+        signal: Signal,
+    ) -> Result<u64, Status> {
+        self.with(|registry, _| registry.signal_lease(client, lease, signal))
+    }
+
+    /// POINT_WAIT of a lease; it may wait as BEGIN does.
+    pub fn host_wait(
+        &self,
+        client: ClientId,
+        lease: LeaseId,
+        wait: PointWait,
+        full: bool,
+    ) -> Result<Begun, Status> {
+        self.with(|registry, now| registry.wait_lease(client, lease, wait, full, now))
+    }
+
+    /// CANCEL of a client's BEGIN or WAIT.
     pub fn host_cancel(&self, client: ClientId, cookie: Cookie) -> Result<(), Status> {
         self.with(|registry, _| registry.cancel_client(client, cookie))
     }

@@ -5,6 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use super::sync::Ended as Ends;
 use super::{
     Buffer, Copy, CopyTicket, Done, Holder, Move, Notice, Origin, Phase, Place, Registry, View,
     Waiter,
@@ -149,13 +150,19 @@ impl<H: Clone> Registry<H> {
             (false, Some(status)) => return Err(status),
             (false, None) => sync.wait(waiter),
         }
-        if let Origin::Vm(peer, _) = origin
-            && let Some(vm) = self.vms.get_mut(&peer)
-        {
-            vm.waits += u32::from(unless.is_none());
+        if unless.is_none() {
+            self.count_wait(origin);
         }
         self.reschedule(key);
         Ok(Begun::Waits)
+    }
+
+    pub(super) fn count_wait(&mut self, origin: Origin) {
+        if let Origin::Vm(peer, _) = origin
+            && let Some(vm) = self.vms.get_mut(&peer)
+        {
+            vm.waits += 1;
+        }
     }
 
     /// END of a lease or a client's export.
@@ -275,22 +282,34 @@ impl<H: Clone> Registry<H> {
         status: impl Fn(&Waiter) -> Option<Status>,
     ) -> bool {
         let Some(buffer) = self.buffers.get_mut(&key) else { return false };
-        let Some(sync) = &mut buffer.sync else { return false };
-        let (out, served) = sync.cancel(status);
-        let any = !out.is_empty();
+        let points = buffer.points.as_mut().map(|points| points.take_out(&status));
+        let (out, served) =
+            buffer.sync.as_mut().map(|sync| sync.cancel(status)).unwrap_or_default();
+        self.end_all(key, points.unwrap_or_default(), out, served)
+    }
+
+    fn end_all(&mut self, key: BufferKey, points: Ends, out: Ends, served: Ends) -> bool {
+        let any = !out.is_empty() || !points.is_empty();
+        for (waiter, status) in points {
+            self.tell_end(waiter, status, 0);
+        }
         self.done(key, out.into_iter().chain(served));
         any
     }
 
     pub(super) fn expire_waits(&mut self, key: BufferKey, now: Duration) {
         let Some(buffer) = self.buffers.get_mut(&key) else { return };
-        let Some(sync) = &mut buffer.sync else { return };
-        let (out, served) = sync.expire(now);
-        self.done(key, out.into_iter().chain(served));
+        let late = |waiter: &Waiter| (waiter.deadline <= now).then_some(Status::TimedOut);
+        let points = buffer.points.as_mut().map(|points| points.take_out(late));
+        let (out, served) = buffer.sync.as_mut().map(|sync| sync.expire(now)).unwrap_or_default();
+        self.end_all(key, points.unwrap_or_default(), out, served);
     }
 
-    /// Holders are gone: their bits clear, the generation stays.
+    /// Holders are gone: their bits clear, the generation stays. So do their timelines.
     pub(super) fn clear_bits(&mut self, key: BufferKey, gone: impl Fn(Holder) -> bool) {
+        if let Some(points) = self.buffers.get_mut(&key).and_then(|b| b.points.as_mut()) {
+            points.leave(&gone);
+        }
         self.clear(key, gone, Access::ALL);
     }
 
@@ -317,7 +336,8 @@ impl<H: Clone> Registry<H> {
             {
                 buffer.sync().keep(&waiter);
             }
-            self.tell_end(key, waiter, status);
+            let generation = self.buffers.get(&key).map_or(0, |buffer| buffer.generation);
+            self.tell_end(waiter, status, generation);
         }
         if let Some(buffer) = self.buffers.get_mut(&key) {
             buffer.sync.take_if(|sync| sync.is_idle());
@@ -325,14 +345,13 @@ impl<H: Clone> Registry<H> {
         self.reschedule(key);
     }
 
-    pub(super) fn tell_end(&mut self, key: BufferKey, waiter: Waiter, status: Status) {
+    pub(super) fn tell_end(&mut self, waiter: Waiter, status: Status, value: u64) {
         if let Origin::Vm(peer, _) = waiter.origin
             && let Some(vm) = self.vms.get_mut(&peer)
         {
             vm.waits = vm.waits.saturating_sub(u32::from(waiter.unless.is_none()));
         }
-        let generation = self.buffers.get(&key).map_or(0, |buffer| buffer.generation);
-        self.outbox.done.push(Done { origin: waiter.origin, status, generation });
+        self.outbox.done.push(Done { origin: waiter.origin, status, value });
     }
 }
 

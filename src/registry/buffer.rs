@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::sync::{Holder, SyncState};
+use super::timeline::Points;
 use super::{EventKind, Exported};
 use crate::ids::{
     Access, AttachmentId, BufferKey, ClientId, HandleId, LeaseId, PeerId, PlaceId, SessionId,
@@ -138,6 +139,7 @@ pub struct Buffer<H> {
     /// The exporter was last told BUSY.
     pub(super) told_busy: bool,
     pub(super) sync: Option<Box<SyncState>>,
+    pub(super) points: Option<Box<Points>>,
     /// Its entry among the deadlines.
     pub(super) due: Option<Duration>,
 }
@@ -177,6 +179,7 @@ impl<H> Buffer<H> {
             told_generation: 0,
             told_busy: false,
             sync: None,
+            points: None,
             due: None,
         }
     }
@@ -266,13 +269,14 @@ impl<H> Buffer<H> {
     /// When time alone changes something: a wait, a grant, a notice, a look at foreign references.
     pub(super) fn next_due(&self) -> Option<Duration> {
         let waits = self.sync.iter().filter_map(|sync| sync.next_due());
+        let points = self.points.iter().filter_map(|points| points.next_due());
         let grants = self.grants.iter().filter_map(|(_, grant)| grant.expires);
         let look = match self.foreign {
             Foreign::Held { next, .. } if self.may_be_looked_at() => Some(next),
             _ => None,
         };
         let notices = self.leases.iter().filter_map(|lease| lease.ends);
-        waits.chain(grants).chain(notices).chain(look).min()
+        waits.chain(points).chain(grants).chain(notices).chain(look).min()
     }
 
     /// Whether a host client exports it, who has the memory.

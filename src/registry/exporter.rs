@@ -83,9 +83,8 @@ pub struct HandleState {
 impl<H: Clone> Registry<H> {
     /// Judges an EXPORT and charges it. Returns the pool's memory where it is a part.
     ///
-    /// QUOTA above a quota, or where `too_big` says that it exceeds a bound of the configuration
-    /// space; NOENT where the pool is no live export of this VM; RANGE where the part is outside of it
-    /// or not aligned; ACCESS where it wants more than the pool.
+    /// QUOTA above a quota or, as `too_big` says, a bound of the configuration space; NOENT where the pool
+    /// is no live export of this VM; RANGE where the part is outside of it or misaligned; ACCESS above the pool's.
     pub fn begin_export(
         &mut self,
         session: SessionId,

@@ -38,7 +38,8 @@ impl<H: Clone> Registry<H> {
         let sync = self.buffers.get_mut(&wait.key).and_then(|buffer| buffer.sync.as_mut());
         let over = sync.and_then(|sync| sync.fence_over(wait.origin, status == Status::Ok));
         let Some((waiter, served)) = over else { return };
-        self.tell_end(wait.key, waiter, status);
+        let generation = self.buffers.get(&wait.key).map_or(0, |buffer| buffer.generation);
+        self.tell_end(waiter, status, generation);
         self.done(wait.key, served);
     }
 }

@@ -151,6 +151,7 @@ impl Left {
             told_generation: self.generation,
             told_busy: false,
             sync: None,
+            points: None,
             due: None,
         }
     }

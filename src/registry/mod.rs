@@ -30,6 +30,7 @@ mod session;
 mod sync;
 #[cfg(test)]
 mod tests;
+mod timeline;
 mod topics;
 mod transfer;
 mod vm;
@@ -51,6 +52,7 @@ pub use outbox::{Audit, Done, FenceWait, Fences, Notice, Outbox, Settled};
 pub use report::{HolderInfo, Holders, Report, Who};
 pub use session::{Event, EventKind, PeerView, Wants};
 pub use sync::{Holder, Origin, Waiter};
+pub use timeline::{PointWait, Signal};
 pub use transfer::{Copy, CopyTicket, Move, Place, View};
 use vm::Vm;
 pub use windows::{Answer, Shown, WindowRequest, WindowTicket};
@@ -243,6 +245,7 @@ impl<H: Clone> Registry<H> {
     fn settle(&mut self, key: BufferKey) {
         let mut next = Some(key);
         while let Some(key) = next {
+            self.serve_points(key);
             next = self.settle_one(key);
         }
     }

@@ -16,7 +16,7 @@ use super::*;
 use crate::ids::{Access, AttachmentId, Cookie, MappingId};
 use crate::limits::MAX_MISSES_PER_SECOND;
 use crate::policy::{Allowed, Rule, Side};
-use crate::protocol::{Mode, NAME_LEN, State};
+use crate::protocol::{Line, Mode, NAME_LEN, State};
 
 const VMS: [PeerId; 3] = [PeerId(2), PeerId(3), PeerId(4)];
 /// The host and the importer only read what this one exports; it does not know that there are importers.
@@ -141,6 +141,17 @@ enum Op {
     CancelAttached {
         pick: usize,
     },
+    /// SIGNAL or WAIT of the exporter, a lease, or an attachment.
+    Point {
+        export: usize,
+        lease: Option<usize>,
+        attached: Option<usize>,
+        line: Line,
+        point: u64,
+        /// SIGNAL with this status.
+        signal: Option<Status>,
+        ms: u64,
+    },
     /// What somebody finds who looks at fences, or later that they are over.
     Fence {
         pick: usize,
@@ -192,6 +203,25 @@ fn sync() -> impl Strategy<Value = SyncRequest> {
             nonblock,
             timeout: Duration::from_millis(ms),
             cookie: Cookie(0),
+        },
+    )
+}
+
+fn point() -> impl Strategy<Value = Op> {
+    let lease = prop::option::weighted(0.4, 0..64usize);
+    let attached = prop::option::weighted(0.3, 0..64usize);
+    let line = prop::sample::select(&[Line::Acquire, Line::Release][..]);
+    let status = prop::sample::select(&[Status::Ok, Status::Ok, Status::Io, Status::Access][..]);
+    let signal = prop::option::of(status);
+    (0..64usize, lease, attached, line, 0..6u64, signal, 0..60u64).prop_map(
+        |(export, lease, attached, line, point, signal, ms)| Op::Point {
+            export,
+            lease,
+            attached,
+            line,
+            point,
+            signal,
+            ms,
         },
     )
 }
@@ -259,6 +289,7 @@ fn op() -> impl Strategy<Value = Op> {
         14 => some.clone().prop_map(|pick| Op::Fill { pick }),
         10 => (some.clone(), sync()).prop_map(|(pick, sync)| Op::EndAttached { pick, sync }),
         1 => some.clone().prop_map(|pick| Op::CancelAttached { pick }),
+        30 => point(),
         30 => (some.clone(), prop::sample::select(vec![Found::Over, Found::Over, Found::Pending, Found::Failed]))
             .prop_map(|(pick, found)| Op::Fence { pick, found }),
         12 => some.clone().prop_map(|pick| Op::Look { pick }),
@@ -305,6 +336,10 @@ struct Export {
     fenced: Vec<(Waiter, bool)>,
     /// The host had the dma-buf.
     fences: bool,
+    acquire: (u64, Status),
+    release: Vec<(Holder, (u64, Status))>,
+    /// Who waits for which point, and what it was signalled with by one of several.
+    points: Vec<(Waiter, Line, u64, Status)>,
 }
 
 /// A VM's use of a buffer, as the VM knows it.
@@ -387,6 +422,11 @@ impl Export {
         fenced.fold(self.set(holder), |bits, (waiter, _)| bits.union(waiter.want))
     }
 
+    fn released_by(&self, holder: Holder) -> (u64, Status) {
+        let own = self.release.iter().find(|(who, _)| *who == holder);
+        own.map_or((0, Status::Ok), |(_, line)| *line)
+    }
+
     fn holders(&self) -> Vec<Holder> {
         let set = self.bits.iter().map(|(who, _)| *who);
         let mut all: Vec<_> = set.chain(self.fenced.iter().map(|(w, _)| w.holder)).collect();
@@ -460,6 +500,8 @@ impl Export {
         };
         self.queue.retain(|waiter| stays(waiter, true));
         self.fenced.retain(|(waiter, pending)| stays(waiter, *pending));
+        self.points.retain(|(waiter, ..)| stays(waiter, true));
+        self.release.retain(|(holder, _)| !leaves(*holder));
         self.bits.retain(|(holder, _)| !leaves(*holder));
         done.extend(self.serve());
         done
@@ -714,7 +756,150 @@ impl World {
             if !self.has_memory(index) {
                 self.revoke_attachments(index, |_| true, done);
             }
+            for (waiter, line, point, status) in std::mem::take(&mut self.exports[index].points) {
+                match self.answer(index, waiter.holder, line, point) {
+                    None => self.exports[index].points.push((waiter, line, point, status)),
+                    Some(Status::Ok) => done.push((waiter.origin, status)),
+                    Some(status) => done.push((waiter.origin, status)),
+                }
+            }
         }
+    }
+
+    /// Where the timelines stand that somebody waits for: one, or those of all holders.
+    fn lines(&self, index: usize, holder: Holder, line: Line) -> Vec<(u64, Status)> {
+        let export = &self.exports[index];
+        match (line, holder) {
+            (Line::Acquire, _) => vec![export.acquire],
+            (Line::Release, Holder::Exporter) => {
+                let leases = export.leases.keys().filter(|lease| !export.revoked.contains(lease));
+                let leases = leases.map(|lease| Holder::Lease(*lease));
+                let all = self.attached(index).map(Attached::holder).chain(leases);
+                all.map(|holder| export.released_by(holder)).collect()
+            }
+            (Line::Release, _) => vec![export.released_by(holder)],
+        }
+    }
+
+    fn answer(&self, index: usize, holder: Holder, line: Line, point: u64) -> Option<Status> {
+        let lines = self.lines(index, holder, line);
+        if lines.iter().any(|(reached, _)| *reached < point) {
+            return None;
+        }
+        // An error is remembered as long as it is of the highest point. Of several, the first is told.
+        let bad = lines.iter().find(|(at, status)| *at == point && *status != Status::Ok);
+        Some(bad.map_or(Status::Ok, |(_, status)| *status))
+    }
+
+    fn point(
+        &mut self,
+        index: usize,
+        (lease, attached): (Option<usize>, Option<usize>),
+        (line, point): (Line, u64),
+        signal: Option<Status>,
+        ms: u64,
+    ) -> Result<()> {
+        let lease = lease.and_then(|pick| self.lease(index, pick));
+        let attached = attached.and_then(|pick| {
+            let all = self.attachments.iter().filter(|held| held.of == index);
+            let all: Vec<_> = all.collect();
+            Some((all[pick.checked_rem(all.len())?]).handle)
+                .zip(Some(all[pick % all.len()].session))
+        });
+        self.token += 1;
+        let (token, cookie) = (u64::from(self.token), Cookie(self.token));
+        let export = &self.exports[index];
+        let find = |handle, session| {
+            let is_it = |held: &&Attached| (held.handle, held.session) == (handle, session);
+            self.attachments.iter().find(is_it).unwrap()
+        };
+        let (holder, access, alive, vm) = match (lease, attached) {
+            (Some((lease, _)), _) => {
+                let dead = export.revoked.contains(&lease).then_some(Status::Revoked);
+                (Holder::Lease(lease), export.leases[&lease].1, dead.map_or(Ok(()), Err), None)
+            }
+            (_, Some((handle, session))) => {
+                let held = find(handle, session);
+                let dead = held.revoked.then_some(Status::Revoked);
+                let vm = Some((session, handle));
+                (held.holder(), held.access, dead.map_or(Ok(()), Err), vm)
+            }
+            _ => {
+                let vm = Some((export.session, export.handle));
+                (Holder::Exporter, Access::ALL, self.handle(index).map(|_| ()), vm)
+            }
+        };
+        if let Some(status) = signal {
+            let own = match line {
+                Line::Acquire => export.acquire.0,
+                Line::Release => export.released_by(holder).0,
+            };
+            let expected = match (line, holder) {
+                _ if alive.is_err() => alive,
+                (Line::Acquire, _) if !access.write => Err(Status::Access),
+                (Line::Release, Holder::Exporter) => Err(Status::Inval),
+                _ if point <= own => Err(Status::Inval),
+                _ => Ok(()),
+            };
+            let signal = Signal { line, point, status };
+            let result = match (lease, vm) {
+                (Some((lease, client)), _) => self.registry.signal_lease(client, lease, signal),
+                (_, vm) => {
+                    let (session, handle) = vm.unwrap();
+                    self.registry.signal_handle(session, handle, signal)
+                }
+            };
+            assert_eq!(result, expected.map(|()| point));
+            result?;
+            let export = &mut self.exports[index];
+            match line {
+                Line::Acquire => export.acquire = (point, status),
+                Line::Release => {
+                    export.release.retain(|(who, _)| *who != holder);
+                    export.release.push((holder, (point, status)));
+                    let all = |who| who == Holder::Exporter || who == holder;
+                    let hears = |one: &&mut (Waiter, Line, u64, Status)| {
+                        (one.1, one.2, one.3) == (line, point, Status::Ok) && all(one.0.holder)
+                    };
+                    export.points.iter_mut().filter(hears).for_each(|one| one.3 = status);
+                }
+            }
+            return Ok(());
+        }
+        let waits = self.waits(vm.map_or(PeerId(0), |(session, _)| session.peer));
+        let full = vm.is_some() && waits >= QUOTA.max_waits;
+        let released = holder == Holder::Exporter && self.exports[index].asked;
+        let lines = self.lines(index, holder, line);
+        let lowest = lines.iter().map(|(reached, _)| *reached).min().unwrap_or(u64::MAX);
+        let expected = match self.answer(index, holder, line, point) {
+            _ if alive.is_err() => alive.map(|()| Begun::Waits),
+            _ if released => Err(Status::Canceled),
+            Some(Status::Ok) => Ok(Begun::Now(lowest)),
+            Some(status) => Err(status),
+            None if full => Err(Status::Busy),
+            None => Ok(Begun::Waits),
+        };
+        let timeout = Duration::from_millis(ms);
+        let wait = PointWait { line, point, timeout, cookie };
+        let (result, origin) = match (lease, vm) {
+            (Some((lease, client)), _) => {
+                let result = self.registry.wait_lease(client, lease, wait, false, self.now);
+                (result, Origin::Client(client, cookie))
+            }
+            (_, vm) => {
+                let (session, handle) = vm.unwrap();
+                let call = (token, 100);
+                let result = self.registry.wait_handle(session, handle, wait, call, self.now);
+                (result, Origin::Vm(session.peer, token))
+            }
+        };
+        assert_eq!(result, expected);
+        if result? == Begun::Waits {
+            let (deadline, want, unless) = (self.now + timeout, Access::NONE, None);
+            let waiter = Waiter { holder, want, deadline, unless, cookie, origin };
+            self.exports[index].points.push((waiter, line, point, Status::Ok));
+        }
+        Ok(())
     }
 
     /// What a request of its exporter on its handle meets first.
@@ -868,7 +1053,9 @@ impl World {
                 let export = &self.exports[index];
                 let mine = |waiter: &&Waiter| waiter.holder == Holder::Exporter;
                 let fenced = export.fenced.iter().map(|(waiter, _)| waiter);
-                let cookie = export.queue.iter().chain(fenced).find(mine).map(|one| one.cookie);
+                let points = export.points.iter().map(|(waiter, ..)| waiter);
+                let mut pending = export.queue.iter().chain(fenced).chain(points);
+                let cookie = pending.find(mine).map(|one| one.cookie);
                 let named = if all { Cookie(0) } else { cookie.unwrap_or(Cookie(u32::MAX)) };
                 let result = self.registry.cancel_handle(export.session, export.handle, named);
                 let expected = self.handle(index).and(cookie.ok_or(Status::NoEnt)).map(|_| ());
@@ -963,7 +1150,9 @@ impl World {
                 let result = self.registry.cancel_handle(held.session, held.handle, Cookie(0));
                 let export = &self.exports[held.of];
                 let fenced = export.fenced.iter().map(|(waiter, _)| waiter);
-                let waits = export.queue.iter().chain(fenced).any(|w| w.holder == held.holder());
+                let points = export.points.iter().map(|(waiter, ..)| waiter);
+                let mut all = export.queue.iter().chain(fenced).chain(points);
+                let waits = all.any(|w| w.holder == held.holder());
                 let expected = match (held.revoked, waits) {
                     (true, _) => Err(Status::Revoked),
                     (_, false) => Err(Status::NoEnt),
@@ -973,6 +1162,10 @@ impl World {
                 let hit = |w: &Waiter| (w.holder == held.holder()).then_some(Status::Canceled);
                 done.extend(self.exports[held.of].leave(hit, |_| false));
                 Some(result)
+            }
+            Op::Point { export, lease, attached, line, point, signal, ms } => {
+                let index = self.pick(export)?;
+                Some(self.point(index, (lease, attached), (line, point), signal, ms))
             }
             Op::Fence { pick, found } => {
                 let at = pick.checked_rem(self.fences.len())?;
@@ -1132,6 +1325,9 @@ impl World {
             queue: Vec::new(),
             fenced: Vec::new(),
             fences: false,
+            acquire: (0, Status::Ok),
+            release: Vec::new(),
+            points: Vec::new(),
         });
     }
 
@@ -1322,6 +1518,7 @@ impl World {
         let waiters = self.exports.iter().flat_map(|export| {
             let mut all: Vec<Waiter> = fenced(export);
             all.extend(&export.queue);
+            all.extend(export.points.iter().map(|(waiter, ..)| waiter));
             all
         });
         let of_vm = |waiter: &Waiter| matches!(waiter.origin, Origin::Vm(peer, _) if peer == vm);
@@ -1962,7 +2159,7 @@ impl World {
             self.step(Op::TakeEvent { vm });
         }
         for (index, export) in self.exports.iter().enumerate() {
-            assert!(!export.owed && export.queue.is_empty());
+            assert!(!export.owed && export.queue.is_empty() && export.points.is_empty());
             assert!(!export.open() || !export.asked || self.on_loan(index), "RELEASED was lost");
         }
         for vm in VMS {

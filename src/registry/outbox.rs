@@ -97,8 +97,8 @@ pub struct Done {
     pub origin: Origin,
     /// How it ended.
     pub status: Status,
-    /// Generation of the content.
-    pub generation: u64,
+    /// Generation of the content, or what the timeline reached.
+    pub value: u64,
 }
 
 /// News about a buffer that the host may use, or could.

@@ -201,7 +201,7 @@ impl World {
         let out = &mut self.registry.outbox;
         let Some(look) = out.fences.pop() else { return Ok(begun) };
         self.registry.fence_over(look.wait, Status::Ok);
-        Ok(Begun::Now(self.registry.outbox.done.pop().unwrap().generation))
+        Ok(Begun::Now(self.registry.outbox.done.pop().unwrap().value))
     }
 
     fn begin_fenced(&mut self, export: Export, request: SyncRequest) -> Result<Begun, Status> {
@@ -1272,7 +1272,7 @@ mod fences {
         let wait = look(&mut w);
         w.registry.fence_over(wait.wait, Status::Ok);
         let out = w.registry.take_outbox();
-        assert_eq!(out.done, [Done { origin: WAIT, status: Status::Ok, generation: 1 }]);
+        assert_eq!(out.done, [Done { origin: WAIT, status: Status::Ok, value: 1 }]);
     }
 
     #[test]
@@ -1402,7 +1402,7 @@ mod sync {
         assert_eq!(w.begin_lease(ANNE, anne, begin(READ)), Ok(Begun::Waits));
         assert_eq!(end_exporter(&mut w, export, WRITE), 1);
         let out = w.registry.take_outbox();
-        assert_eq!(out.done, [Done { origin: ANNES_WAIT, status: Status::Ok, generation: 1 }]);
+        assert_eq!(out.done, [Done { origin: ANNES_WAIT, status: Status::Ok, value: 1 }]);
         let changed = Notice::Changed { uuid: export.uuid, generation: 1, writer: None };
         assert_eq!(out.notices, [changed]);
         assert_eq!(w.registry.next_deadline(), None);

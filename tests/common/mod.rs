@@ -16,6 +16,7 @@ mod daemon;
 mod guest;
 mod importer;
 mod memory;
+mod points;
 mod requests;
 mod ring;
 mod vmm;
@@ -26,6 +27,7 @@ pub use guest::{
 };
 pub use importer::{Attach, Map, unmap_request};
 pub use memory::{BASE, FREE, Memory, PAGE, Region};
+pub use points::Point;
 pub use requests::{
     Export, Grant, READ_WRITE, Refusal, Refused, Reply, Sync, handle_request, header, name, parse,
 };

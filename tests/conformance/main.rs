@@ -19,6 +19,7 @@ mod memory;
 mod offers;
 mod pair;
 mod part;
+mod points;
 mod release;
 mod reset;
 mod sync;

@@ -738,7 +738,7 @@ impl<'a> World<'a> {
             }
             for done in &outbox.done {
                 let answer = match done.status {
-                    Status::Ok => Ok(done.generation),
+                    Status::Ok => Ok(done.value),
                     status => Err(status),
                 };
                 match done.origin {
