@@ -157,6 +157,26 @@ fn whoever_holds_a_buffer_is_named() {
     client.release(lease).unwrap();
 }
 
+/// A program that lends memory to a VM is named as its exporter.
+#[test]
+fn a_program_that_lends_is_named() {
+    let launch = Launch { args: vec!["--allow".into(), "host:a".into()], ..Default::default() };
+    let daemon = launch.start();
+    let mut client = Client::connect(&daemon.host_socket(), "lender").unwrap();
+    let (export, _memory) = crate::lend::lend(&mut client, 1, READ);
+    let mut guest = Setup::default().connect(&daemon, "a");
+    let attach = Attach { uuid: export.uuid.into_bytes(), access: READ, ..Default::default() };
+    guest.attach(attach).expect("ATTACH");
+    let holder = told(&mut client, export.uuid, HolderKind::Exporter);
+    assert_eq!((holder.name.as_str(), holder.pid), ("lender", std::process::id()));
+    let shown = ctl(&daemon, &["info", "picture"]);
+    let shown = String::from_utf8(shown.stdout).unwrap();
+    let me = std::process::id();
+    says(&shown, &format!("its exporter pid {me} lender, read, since"));
+    says(&shown, "VM a, 0 mappings, read, since");
+    assert!(!shown.contains("without a lease"), "{shown}");
+}
+
 #[test]
 fn who_waits_for_whom_is_told() {
     let mut bed = bed();

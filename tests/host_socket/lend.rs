@@ -94,7 +94,7 @@ pub fn loan(size: u64, access: u32) -> Loan<'static> {
 }
 
 /// A sealed memfd of so many pages, lent to VM `a`.
-fn lend(client: &mut Client, pages: u64, access: u32) -> (Export, File) {
+pub fn lend(client: &mut Client, pages: u64, access: u32) -> (Export, File) {
     let memory = memfd(pages * PAGE, SealFlags::SHRINK);
     let export = client.export(&memory, &loan(pages * PAGE, access)).unwrap();
     grant_a(client, &export, access);

@@ -22,7 +22,9 @@ pub fn lines(told: &Holders, seen: &Found) -> Vec<(&'static str, String)> {
         lines.push(("memory", format!("inode {} of device {:#x}", memory.inode, memory.device)));
     }
     let mut named = Vec::new();
-    for holder in told.holders.iter().filter(|holder| holder.kind != Some(HolderKind::Exporter)) {
+    // A VM that exported it holds its own pages, and that is no news.
+    let exporter = |holder: &Holder| holder.kind == Some(HolderKind::Exporter);
+    for holder in told.holders.iter().filter(|holder| !exporter(holder) || holder.pid != 0) {
         let process =
             seen.processes.iter().find(|process| holder.pid != 0 && process.pid == holder.pid);
         let mut text = name(holder);
@@ -30,6 +32,7 @@ pub fn lines(told: &Holders, seen: &Found) -> Vec<(&'static str, String)> {
             Some(HolderKind::Lease) => {
                 let _ = write!(text, ", lease {}", holder.number);
             }
+            Some(HolderKind::Exporter) => {}
             _ => {
                 let _ = write!(text, ", {}", count(holder.mappings, "mapping"));
             }
@@ -144,6 +147,9 @@ fn name(holder: &Holder) -> String {
     let who = if holder.name.is_empty() { "?" } else { &holder.name };
     match holder.kind {
         Some(HolderKind::Lease) => format!("pid {} {who}", holder.pid),
+        Some(HolderKind::Exporter) if holder.pid != 0 => {
+            format!("its exporter pid {} {who}", holder.pid)
+        }
         Some(HolderKind::Exporter) => format!("its exporter {who}"),
         _ => format!("VM {who}"),
     }
