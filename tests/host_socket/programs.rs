@@ -14,9 +14,11 @@ use bufshare::ioctl::Mapping;
 use bufshare::protocol::{Image, Mode, Opcode, metadata};
 use serde_json::Value;
 use uuid::Uuid;
-use zerocopy::IntoBytes;
+use zerocopy::{FromBytes, IntoBytes};
 
-use crate::common::{Daemon, Export, Grant, Guest, Launch, PAGE, Sync, name, skip, wait_for};
+use crate::common::{
+    Attach, Daemon, Export, Grant, Guest, Launch, Map, PAGE, Sync, name, skip, wait_for,
+};
 use crate::desk::READ;
 
 pub const NOBODY: u32 = 65534;
@@ -169,6 +171,63 @@ fn zero_copy_means_that_the_guest_writes_into_the_very_pages() {
     assert_eq!(&seen, b"after EXPORT");
     let copied = client.stats().unwrap().into_iter().find(|(name, _)| name == "bytes_copied");
     assert_eq!(copied, Some(("bytes_copied".to_owned(), 0)));
+}
+
+#[test]
+fn the_tool_lends_a_picture() {
+    let launch =
+        Launch { args: ["--allow", "host:a"].map(String::from).to_vec(), ..Default::default() };
+    let daemon = launch.start();
+    let mut guest = Guest::connect(&daemon, "a");
+    guest.stock_events(8);
+    let file = daemon.dir().join("dot.png");
+    let mut encoder = png::Encoder::new(std::fs::File::create(&file).unwrap(), 2, 1);
+    encoder.set_color(png::ColorType::Rgb);
+    encoder.write_header().unwrap().write_image_data(&[1, 2, 3, 4, 5, 6]).unwrap();
+    let raw = daemon.dir().join("raw");
+    std::fs::write(&raw, [7; 5000]).unwrap();
+    let lend = |file: &Path, further: &[&str]| {
+        let mut lend = Command::new(env!("CARGO_BIN_EXE_bufsharectl"));
+        lend.arg("--host-socket").arg(daemon.host_socket()).args(["export", "--json"]);
+        lend.arg(file).args(further).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+    };
+    let mut attach = |lender: &mut std::process::Child| {
+        let mut lines = BufReader::new(lender.stdout.take().unwrap()).lines();
+        let told: Value = serde_json::from_str(&lines.next().unwrap().unwrap()).unwrap();
+        let uuid = Uuid::parse_str(told["uuid"].as_str().unwrap()).unwrap().into_bytes();
+        let attach = Attach { uuid, access: READ, max_metadata: 88, ..Default::default() };
+        let (attached, metadata) = guest.attach(attach).expect("ATTACH");
+        let (handle, size, view) = (attached.handle.get(), attached.size.get(), guest.pages(2));
+        let map = Map { handle, segments: vec![(view, size)], access: READ, ..Default::default() };
+        guest.map(&map).expect("MAP");
+        let read = bufshare::protocol::flag::SYNC_READ;
+        guest.begin(Sync { handle, flags: read, ..Default::default() }).expect("BEGIN");
+        let busy: Value = serde_json::from_str(&lines.next().unwrap().unwrap()).unwrap();
+        assert_eq!(busy["event"], "busy");
+        (told, guest.memory.read(view, size as usize), metadata)
+    };
+    let mut lender = lend(&file, &["--to", "a"]);
+    let (told, bytes, metadata) = attach(&mut lender);
+    assert_eq!((&told["name"], &told["size"]), (&"dot.png".into(), &PAGE.into()));
+    assert_eq!((&bytes[..3], &bytes[4..7]), (&[3, 2, 1][..], &[6, 5, 4][..]));
+    let image = bufshare::protocol::Image::read_from_bytes(&metadata).unwrap();
+    assert_eq!((image.width.get(), image.height.get()), (2, 1));
+    assert_eq!(json(&ctl(&daemon, &["list", "--json"]))[0]["exporter_name"], "host");
+    // What it lent ends with it.
+    lender.kill().unwrap();
+    lender.wait().unwrap();
+    assert!(wait_for(SOON, || ctl(&daemon, &["list"]).stdout.starts_with(b"no buffer")));
+
+    let more = ["--to", "*", "--access", "rw", "--name", "x", "--image", "50x25:XR24"];
+    let mut lender = lend(&raw, &more);
+    let (told, bytes, metadata) = attach(&mut lender);
+    assert_eq!((&told["name"], metadata.len()), (&"x".into(), 88));
+    assert!(bytes[..5000] == [7; 5000] && bytes[5000..].iter().all(|byte| *byte == 0));
+    lender.kill().unwrap();
+    lender.wait().unwrap();
+    let refused = lend(&raw, &["--to", "nobody"]).wait_with_output().unwrap();
+    assert_eq!(refused.status.code(), Some(4), "{refused:?}");
+    assert_eq!(lend(&raw, &[]).wait_with_output().unwrap().status.code(), Some(2));
 }
 
 /// Not a test of its own: the program that `a_killed_program_leaves_nothing` starts.

@@ -1,4 +1,4 @@
-//! `bufsharectl`: looks at the buffers that VMs offer to this host.
+//! `bufsharectl`: looks at the buffers that VMs offer to this host, and lends files of it to VMs.
 //!
 //! It talks to the daemon's host socket and knows nothing else of the daemon; who holds a buffer without
 //! telling the daemon it looks up in /proc, with its caller's rights. Exit status: 0 done,
@@ -6,6 +6,7 @@
 //! refused, 6 the content is no picture that can be read here.
 
 mod dump;
+mod export;
 mod processes;
 mod show;
 mod top;
@@ -25,7 +26,7 @@ use clap::{Parser, Subcommand};
 use thiserror::Error;
 use uuid::Uuid;
 
-/// Looks at the buffers that virtual machines offer to this host.
+/// Looks at the buffers that virtual machines offer to this host, and lends them some of its own.
 #[derive(Debug, Parser)]
 #[command(version, name = "bufsharectl")]
 struct Args {
@@ -68,6 +69,8 @@ enum Command {
         #[arg(long, value_name = "MS", default_value_t = 5000)]
         timeout_ms: u64,
     },
+    /// Lend the content of a file to VMs, until interrupted.
+    Export(export::Wish),
     /// Show the daemon's counters.
     Stats,
     /// Show all buffers of all VMs and how they are used, again and again.
@@ -88,6 +91,8 @@ enum Failure {
     Client(#[from] client::Error),
     #[error("no buffer {0:?} is offered to the host; `bufsharectl list` shows those that are")]
     NoBuffer(String),
+    #[error("no VM {0:?} may share with the host; the daemon's command line names those that may")]
+    NoVm(String),
     #[error("cannot read the picture in {name:?}")]
     Image { name: String, source: ImageError },
     #[error("cannot {what}")]
@@ -101,7 +106,8 @@ impl Failure {
         match self {
             Failure::Client(client::Error::Refused { status: Status::NoEnt, .. }) => 4,
             Failure::Client(client::Error::Refused { .. }) => 5,
-            Failure::Client(client::Error::Ambiguous { .. }) | Failure::NoBuffer(_) => 4,
+            Failure::Client(client::Error::Ambiguous { .. }) => 4,
+            Failure::NoBuffer(_) | Failure::NoVm(_) => 4,
             Failure::Client(_) => 3,
             Failure::Image { .. } => 6,
             Failure::Io { .. } | Failure::Png { .. } => 1,
@@ -141,6 +147,7 @@ fn print(text: &str) -> Result<bool, Failure> {
 fn run(args: &Args) -> Result<(), Failure> {
     let mut client = Client::connect(&args.host_socket, "bufsharectl")?;
     match &args.command {
+        Command::Export(wish) => export::run(&mut client, wish, args.json),
         Command::List => print(&show::list(&mut client, args.json)?).map(drop),
         Command::Info { buffer } => {
             let told = inspect(&mut client, buffer)?;
