@@ -8,10 +8,11 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use bufshare::host::client::{Client, Event};
+use bufshare::host::client::{Client, Error, Event, Loan};
 use bufshare::host::packet::{self, Wait};
 use bufshare::protocol::{Mode, State, access, flag};
 use common::{Daemon, Export, Grant, Guest, Launch, PAGE, SOON, Sync, name, wait_for};
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use rustix::io::FdFlags;
 use uuid::Uuid;
 
@@ -42,6 +43,14 @@ fn stat(client: &mut Client, name: &str) -> u64 {
     stats.into_iter().find(|(stat, _)| stat == name).map(|(_, value)| value).expect("known")
 }
 
+fn sealed_page() -> OwnedFd {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let memory = memfd_create("lent", flags).expect("memfd");
+    ftruncate(&memory, PAGE).expect("ftruncate");
+    fcntl_add_seals(&memory, SealFlags::SHRINK).expect("seal");
+    memory
+}
+
 /// The whole story; `replace` puts another daemon in the place of the one that runs.
 fn survives(launch: impl Fn() -> Launch, replace: impl FnOnce(&mut Daemon)) {
     let mut daemon = launch().start();
@@ -57,6 +66,12 @@ fn survives(launch: impl Fn() -> Launch, replace: impl FnOnce(&mut Daemon)) {
     other.release(gone).unwrap();
     client.watch(Some(held)).unwrap();
     assert!(matches!(client.next_event(Some(SOON)).unwrap(), Some(Event::Offered(_))));
+    // A client that exports: what it lends is of no use without the VMs.
+    let mut lender = Client::connect(&daemon.host_socket(), "lender").unwrap();
+    let memory = sealed_page();
+    let (name, metadata_type, metadata) = ("lent", 0, &[][..]);
+    let loan = Loan { size: PAGE, access: access::READ, name, metadata_type, metadata };
+    let lent = lender.export(&memory, &loan).unwrap();
     let (before, shared) = (guest.config, lease.mode == Mode::ZeroCopy);
     // The guest writes for ever.
     guest.begin(Sync { handle, flags: flag::SYNC_WRITE, ..Default::default() }).expect("BEGIN");
@@ -75,12 +90,14 @@ fn survives(launch: impl Fn() -> Launch, replace: impl FnOnce(&mut Daemon)) {
     assert!(client.query(unused).is_err(), "nobody used it");
     let refused = client.begin(lease.id, bufshare::host::client::Access::READ, SOON).unwrap_err();
     assert!(refused.to_string().contains("REVOKED"), "{refused}");
+    assert!(matches!(lender.next_event(Some(SOON)), Err(Error::Closed)), "it connects again");
+    assert!(client.query(lent.uuid).is_err());
     // Numbers of before are not used for anybody else.
     guest.reconnect();
     assert_ne!(guest.config.epoch, before.epoch);
     let (_, fresh) = offer(&mut guest);
     let second = client.acquire(fresh, access::READ, false).unwrap();
-    assert!(second.id > lease.id);
+    assert!(second.id > lease.id.max(lent.handle));
 
     // In COPY mode the exporter's own pages were never lent.
     let lingering = |guest: &mut Guest| guest.read_config().lingering.get();
