@@ -68,7 +68,8 @@ prepare_end_to_end() {
     export BIN IMAGE_6_12 IMAGE_7_2
 }
 
-# end_to_end TEST OUT [OPTION OF uml...]: one test of the whole chain on a virtualisation host.
+# end_to_end TEST OUT [OPTION OF uml...]: one test of the whole chain on a virtualisation host. FRAMES=10000 makes tests of two guests
+# longer.
 end_to_end() {
     local name=$1 out=$2
     shift 2
@@ -76,7 +77,7 @@ end_to_end() {
     [ "$name" != large_frame ] || set -- --kernel-limits "$@"
     rm -rf "$out"
     "$VM_DIR/uml" --real --out "$out" --share "$BIN" --share "$CACHE/images" "$@" \
-        env "BIN=$BIN" "IMAGE_6_12=$IMAGE_6_12" "IMAGE_7_2=$IMAGE_7_2" "$VM_DIR/end-to-end" "$name"
+        env "BIN=$BIN" "IMAGE_6_12=$IMAGE_6_12" "IMAGE_7_2=$IMAGE_7_2" ${FRAMES:+"FRAMES=$FRAMES"} "$VM_DIR/end-to-end" "$name"
 }
 
 # need_rust: a Rust that is new enough, by rustup where there is none.

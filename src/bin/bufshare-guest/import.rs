@@ -39,6 +39,9 @@ pub struct Import {
     /// Fail rather than let the device copy.
     #[arg(long)]
     zero_copy: bool,
+    /// Try to export it again as a buffer of this guest, which is refused for what is in the window.
+    #[arg(long)]
+    share: bool,
     /// Keep it until it is taken away, and then use the mapping once more: to be killed by SIGBUS.
     #[arg(long)]
     touch: bool,
@@ -176,6 +179,13 @@ impl Import {
                 format.unpack(bytes.get(at..at + row).unwrap_or_default(), &mut pixels);
             }
             picture::write(image.width, image.height, &pixels, file)?;
+        }
+        if self.share {
+            let offer = Offer { access: uapi::ACCESS_READ, name: "again", ..Offer::default() };
+            match device.export(Source::DmaBuf(&followed.buffer.fd), &offer) {
+                Ok(buffer) => line(&format!("shared mode={}", mode_name(buffer.mode)))?,
+                Err(error) => line(&format!("not shared errno={}", error.errno()))?,
+            }
         }
         match end {
             Some(News::Revoked) => self.revoked(&followed)?,
