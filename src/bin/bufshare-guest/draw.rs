@@ -105,14 +105,24 @@ impl Draw {
         device: &Device,
         buffer: &Exported,
         frame: u32,
-        write: impl Fn(&[u8]) -> std::io::Result<()>,
+        write: impl Fn(usize, &[u8]) -> std::io::Result<()>,
     ) -> Result<(), Failure> {
         let Extent { width, height } = self.size;
         let picture = Picture { pattern: self.pattern, frame, width, height };
         if !self.skip_begin {
             device.sync(buffer.handle, uapi::SYNC_F_WRITE)?;
         }
-        write(&picture.bytes()).map_err(|source| Failure::Io { what: "drawing".into(), source })?;
+        let bytes = picture.bytes();
+        // Who makes that mistake takes his time, so that it is seen.
+        let steps = if self.skip_begin { 64 } else { 1 };
+        let step = bytes.len().div_ceil(steps);
+        for (number, part) in bytes.chunks(step).enumerate() {
+            let drawn = write(number * step, part);
+            drawn.map_err(|source| Failure::Io { what: "drawing".into(), source })?;
+            if self.skip_begin {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
         let generation = device.sync(buffer.handle, uapi::SYNC_F_END | uapi::SYNC_F_WRITE)?;
         if self.pace.is_some() || self.skip_begin {
             return Ok(()); // too many to tell
@@ -151,7 +161,7 @@ impl Draw {
         let mut answers = None;
         let mut frame = 0;
         loop {
-            self.frame(device, &buffer, frame, |bytes| mapping.write_at(0, bytes))?;
+            self.frame(device, &buffer, frame, |at, bytes| mapping.write_at(at, bytes))?;
             if frame == 0 {
                 // Not earlier: nobody is to see a buffer without a picture.
                 for to in &self.grant {
