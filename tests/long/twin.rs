@@ -11,6 +11,7 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::rc::Rc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use bufshare::host::client::{self, Client};
@@ -43,6 +44,13 @@ const PEERS: [PeerId; 2] = [PeerId(2), PeerId(3)];
 const WANTS: Wants = Wants { peers: false, import: true };
 /// No wait of a script lasts as long.
 const LONG: Duration = Duration::from_secs(10);
+
+/// How long to wait for what has to come: not long once it is known that a script fails.
+static PATIENCE_MS: AtomicU64 = AtomicU64::new(5000);
+
+fn patience() -> Duration {
+    Duration::from_millis(PATIENCE_MS.load(Ordering::Relaxed))
+}
 
 /// One step. Numbers pick among what there was lately, dead things included.
 #[derive(Debug, Clone)]
@@ -146,7 +154,7 @@ fn op() -> impl Strategy<Value = Op> {
     let rarely = || prop::bool::weighted(0.15);
     let none = || prop_oneof![6 => access(), 1 => Just(Access::NONE)];
     prop_oneof![
-        10 => (vm(), 0..PAGES / 2, 1..4u64, access(), prop::option::weighted(0.2, pick()))
+        10 => (vm(), 0..PAGES / 2, 1..4u64, access(), prop::option::weighted(0.4, pick()))
             .prop_map(|(vm, at, pages, access, pool)| Op::Export { vm, at, pages, access, pool }),
         14 => (pick(), prop::sample::select(vec![1, 1, 2, 3, 2, 3, u32::MAX, 9]), none(), rarely(), rarely())
             .prop_map(|(export, to, access, once, force)| Op::Grant { export, to, access, once, force }),
@@ -178,23 +186,24 @@ fn op() -> impl Strategy<Value = Op> {
     ]
 }
 
-/// What every script begins with: each guest lends a buffer to the other one, which maps it, and to a
-/// program.
+/// What every script begins with: each guest lends a buffer, and a part of it, to the other one, which maps
+/// it, and to a program.
 fn beginning() -> Vec<Op> {
     let (access, once, force) = (Access::ALL, false, false);
-    let of = |vm: usize| {
+    let of = |(vm, part): (usize, bool)| {
         let other = PEERS[1 - vm].0;
+        let (at, pages) = if part { (1, 2) } else { (0, 3) };
         let grant = |to| Op::Grant { export: 0, to, access, once, force };
         [
-            Op::Export { vm, at: 0, pages: 3, access, pool: None },
+            Op::Export { vm, at, pages, access, pool: part.then_some(0) },
             grant(PeerId::HOST.0),
             grant(other),
             Op::Attach { vm: 1 - vm, export: 0, access, zero_copy: false },
-            Op::Map { attachment: 0, offset: 0, at: PAGES / 2, pages: 3, access },
+            Op::Map { attachment: 0, offset: 0, at: PAGES / 2 + 4 * at, pages, access },
             Op::Acquire { client: vm, export: 0, access },
         ]
     };
-    (0..2).flat_map(of).collect()
+    [(0, false), (0, true), (1, false), (1, true)].into_iter().flat_map(of).collect()
 }
 
 type Ram = Rc<RefCell<Vec<u8>>>;
@@ -295,6 +304,14 @@ fn refusal<T>(reply: client::Error) -> Result<T, Status> {
     Err(reply.status().unwrap_or_else(|| panic!("no refusal: {reply}")))
 }
 
+impl Drop for World<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            PATIENCE_MS.store(500, Ordering::Relaxed);
+        }
+    }
+}
+
 impl<'a> World<'a> {
     fn new(daemon: &'a Daemon) -> World<'a> {
         let policy = Policy::new(vec![Rule { from: Side::Any, to: Side::Any, read_only: false }]);
@@ -365,7 +382,8 @@ impl<'a> World<'a> {
     fn apply(&mut self, op: &Op) {
         match op {
             Op::Export { vm, at, pages, access, pool } => {
-                let pool = pool.and_then(|pool| pick(&self.exports, pool));
+                let own: Vec<&Lent> = self.exports.iter().filter(|lent| lent.vm == *vm).collect();
+                let pool = pool.and_then(|pool| pick(&own, pool));
                 let pool = pool.map(|pool| (pool.uuid, pool.at));
                 self.export(*vm, *at, *pages, *access, pool);
             }
@@ -767,7 +785,7 @@ impl<'a> World<'a> {
         for vm in 0..2 {
             for _ in 0..self.due[vm].len() {
                 let (head, reply) = self.guests[vm]
-                    .sync_next::<RespSync>(SOON)
+                    .sync_next::<RespSync>(patience())
                     .expect("an answer on the sync queue");
                 let twin = self.due[vm].remove(&head).expect("a request that was to be answered");
                 assert_eq!(status(reply).map(|reply| reply.generation.get()), twin, "SYNC");
@@ -798,7 +816,7 @@ impl<'a> World<'a> {
             };
             let mut real = Vec::new();
             while real.len() < expected.len() {
-                match self.guests[vm].event(Duration::from_secs(5)) {
+                match self.guests[vm].event(patience()) {
                     Some(event) => real.push(told(event)),
                     None => break,
                 }
@@ -833,7 +851,7 @@ impl<'a> World<'a> {
         };
         // A BEGIN that waits gives no sign of its arrival but this.
         let mut real = Vec::new();
-        wait_for(Duration::from_secs(5), || {
+        wait_for(patience(), || {
             real = inspect(&mut self.clients[0]);
             real == all
         });
@@ -853,7 +871,7 @@ impl<'a> World<'a> {
 /// The answer to a BEGIN that waited.
 fn wait_generation(client: &mut Client, cookie: u64) -> Result<u64, client::Error> {
     let mut answer = None;
-    wait_for(SOON, || {
+    wait_for(patience(), || {
         client.dispatch().expect("the daemon lives");
         answer = client.take_generation(cookie).transpose();
         answer.is_some()
@@ -892,10 +910,10 @@ fn twin() {
             cases: 10,
             failure_persistence: None,
             max_shrink_iters: 2000,
-            max_shrink_time: 60_000,
+            max_shrink_time: 120_000,
             ..Config::default()
         };
-        let script = prop::collection::vec(op(), 20..120);
+        let script = prop::collection::vec(op(), 0..120);
         let result = TestRunner::new(config).run(&script, |ops| {
             let mut world = World::new(&daemon);
             for op in beginning().iter().chain(&ops) {
