@@ -258,20 +258,25 @@ static int bufshare_sync_fences(struct bufshare_file *file, const struct bufshar
 static int bufshare_sync_find(struct bufshare_file *file, u64 handle, struct dma_buf **dmabuf,
 			      struct bufshare_import **import)
 {
-	struct bufshare_loan *loan = bufshare_loan_find(file, handle, dmabuf);
+	struct bufshare_loan *loan;
+	int ret;
 
-	if (loan) {
-		bufshare_loan_put(loan);
-		return 0;
+	/* Inside, so that a session that ends is not taken for a handle that is unknown. */
+	ret = bufshare_enter(file->bs, file->session);
+	if (ret)
+		return ret;
+	loan = bufshare_loan_find(file, handle, dmabuf);
+	if (!loan) {
+		*import = bufshare_import_find(file, handle);
+		*dmabuf = *import ? bufshare_view_get(*import) : NULL;
+		if (!*dmabuf) {
+			bufshare_import_put(*import);
+			ret = -ENOENT;
+		}
 	}
-	*import = bufshare_import_find(file, handle);
-	if (!*import)
-		return bufshare_file_error(file) ?: -ENOENT;
-	*dmabuf = bufshare_view_get(*import);
-	if (*dmabuf)
-		return 0;
-	bufshare_import_put(*import);
-	return -ENOENT;
+	bufshare_loan_put(loan);
+	bufshare_leave(file->bs);
+	return ret;
 }
 
 static int bufshare_ioc_sync(struct bufshare_file *file, struct bufshare_sync *arg, bool nonblock)

@@ -8,6 +8,7 @@
  */
 #include <linux/mm.h>
 #include <linux/scatterlist.h>
+#include <linux/sizes.h>
 #include <linux/slab.h>
 #include <linux/vmalloc.h>
 
@@ -29,17 +30,21 @@ void bufshare_queue_init(struct bufshare_queue *queue)
  * @req_len: bytes of the request
  * @resp_len: bytes of a complete response
  *
+ * Small ones do not fail for want of memory: RELEASE gives memory back, and without CANCEL a wait
+ * looks like a dead device.
+ *
  * Context: Process context.
  * Return: a zeroed message, or NULL.
  */
 struct bufshare_msg *bufshare_msg_new(u32 req_len, u32 resp_len)
 {
-	struct bufshare_msg *msg = kzalloc_obj(*msg);
+	gfp_t gfp = GFP_KERNEL | (max(req_len, resp_len) <= SZ_1K ? __GFP_NOFAIL : 0);
+	struct bufshare_msg *msg = kzalloc_obj(*msg, gfp);
 
 	if (!msg)
 		return NULL;
-	msg->req = kvzalloc(req_len, GFP_KERNEL);
-	msg->resp = kzalloc(resp_len, GFP_KERNEL);
+	msg->req = kvzalloc(req_len, gfp);
+	msg->resp = kzalloc(resp_len, gfp);
 	if (!msg->req || !msg->resp) {
 		kvfree(msg->req);
 		kfree(msg->resp);
@@ -220,12 +225,13 @@ int bufshare_submit(struct bufshare *bs, struct bufshare_queue *queue, struct bu
 {
 	unsigned int max = DIV_ROUND_UP(msg->req_len, PAGE_SIZE);
 	unsigned long deadline = jiffies + BUFSHARE_ANSWER_TIMEOUT;
-	struct scatterlist *req, resp, *sgs[2];
+	struct scatterlist one, resp, *req = &one, *sgs[2];
 	unsigned int need;
 	bool kick = false;
 	int ret;
 
-	req = kmalloc_array(max, sizeof(*req), GFP_KERNEL);
+	if (max > 1)
+		req = kmalloc_array(max, sizeof(*req), GFP_KERNEL);
 	if (!req)
 		return -ENOMEM;
 	need = bufshare_fill_sg(req, max, msg->req, msg->req_len) + 1;
@@ -270,7 +276,8 @@ int bufshare_submit(struct bufshare *bs, struct bufshare_queue *queue, struct bu
 	if (kick)
 		virtqueue_notify(queue->vq);
 out:
-	kfree(req);
+	if (req != &one)
+		kfree(req);
 	return ret;
 }
 

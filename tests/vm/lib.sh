@@ -48,6 +48,8 @@ guest_image() {
         mv "$dir/initramfs.$$" "$dir/initramfs"
         rm -rf "$work"
     fi
+    # A kernel that was not started through its boot sector cannot wake up from a suspend.
+    [ -e "$dir/vmlinuz" ] || cp "$ROOTFS/boot/vmlinuz-$(debian_kernel "$kernel")" "$dir/vmlinuz"
     echo "$dir"
 }
 

@@ -5,6 +5,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use bufshare::ioctl::{
     Mapping, ioctl_flat, ioctl_new_fd, ioctl_new_fd_with_room, ioctl_with_bytes, iowr,
@@ -166,8 +167,14 @@ impl Device {
 
     /// `flags`: `uapi::SYNC_F_*`. The generation afterwards.
     pub fn sync(&self, handle: u64, flags: u32) -> Result<u64> {
+        self.sync_for(handle, flags, Duration::MAX)
+    }
+
+    /// As [`Device::sync`], but waits no longer than that.
+    pub fn sync_for(&self, handle: u64, flags: u32, timeout: Duration) -> Result<u64> {
         let what = if flags & uapi::SYNC_F_END == 0 { "begin" } else { "end" };
-        let mut arg = uapi::Sync { handle, flags, timeout_ns: u64::MAX, ..Default::default() };
+        let timeout_ns = u64::try_from(timeout.as_nanos()).unwrap_or(u64::MAX);
+        let mut arg = uapi::Sync { handle, flags, timeout_ns, ..Default::default() };
         self.call(what, uapi::IOC_SYNC, &mut arg)?;
         Ok(arg.generation)
     }
@@ -237,7 +244,7 @@ impl Device {
     }
 
     /// The next event; `None` where none comes in `timeout`, or ever without one.
-    pub fn event(&self, timeout: Option<std::time::Duration>) -> Result<Option<uapi::Event>> {
+    pub fn event(&self, timeout: Option<Duration>) -> Result<Option<uapi::Event>> {
         let timeout = timeout.map(|time| Timespec {
             tv_sec: time.as_secs() as i64,
             tv_nsec: i64::from(time.subsec_nanos()),

@@ -5,6 +5,7 @@
 
 mod device;
 mod draw;
+mod fences;
 mod follow;
 mod import;
 mod latency;
@@ -46,6 +47,8 @@ enum Command {
     Relay(relay::Relay),
     /// Do everything at random for a while, and check the answers.
     Stress(stress::Stress),
+    /// Check that an access ends only when this guest's own devices are done. Needs sw_sync.
+    Fences(fences::Fences),
     /// Show the device and its limits.
     Info,
     /// List who can be granted a buffer.
@@ -262,6 +265,7 @@ fn run(args: &Args) -> Result<(), Failure> {
         Command::Stress(stress) => stress.run(&args.device),
         Command::Import(import) => import.run(&open()?),
         Command::Relay(relay) => relay.run(&open()?),
+        Command::Fences(fences) => fences.run(&open()?),
         Command::Info => info(&open()?),
         Command::Peers => peers(&open()?),
         Command::Offers => offers(&open()?),

@@ -185,6 +185,7 @@ pub const ATTACH_F_ZERO_COPY: u32 = 1 << 0;
 pub const SYNC_F_END: u32 = 1 << 0;
 pub const SYNC_F_READ: u32 = 1 << 1;
 pub const SYNC_F_WRITE: u32 = 1 << 2;
+pub const SYNC_F_NONBLOCK: u32 = 1 << 3;
 pub const RELEASE_F_FORCE: u32 = 1 << 0;
 pub const STATE_RELEASED: u32 = 4;
 pub const PEER_F_ONLINE: u32 = 1 << 0;

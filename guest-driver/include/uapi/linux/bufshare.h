@@ -160,14 +160,19 @@ struct bufshare_grant {
  * @handle: of the export or attachment
  * @offset: bytes
  * @len: bytes; 0: to the end
- * @timeout_ns: relative; longer ones are cut to max_wait_ms; then ETIMEDOUT
+ * @timeout_ns: relative; longer ones are cut to max_wait_ms, and 0 of END means max_wait_ms; then
+ *	ETIMEDOUT
  * @flags: BUFSHARE_SYNC_F_*
  * @reserved: 0
  * @generation: out: how often the content was declared complete
  *
  * BEGIN waits until no other endpoint is in a conflicting bracket. END first waits for the fences
  * of this guest's own devices on the dma-buf, then declares; END with WRITE advances the
- * generation. A signal ends either wait with EINTR.
+ * generation. A signal ends either wait with EINTR. An END that failed declared nothing.
+ *
+ * END with READ waits for all of those fences, END with WRITE alone for those of writers. poll() on
+ * the dma-buf tells of the same fences, as on any other. Neither knows what other endpoints do:
+ * that is no fence of this guest, and only BEGIN waits for it.
  *
  * Of an attachment in COPY mode, BEGIN with READ brings the range up to date and END with WRITE
  * hands it to the others. DMA_BUF_IOCTL_SYNC on its dma-buf is the same for all of it.
