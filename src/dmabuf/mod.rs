@@ -74,7 +74,7 @@ impl Backing {
         self.fd.as_ref().map(AsFd::as_fd).or(private)
     }
 
-    /// What devices of the host still do with it, as [`fence::snapshot`] tells; a memfd has none.
+    /// What devices of the host still do with it, as `fence` tells; a memfd has none.
     pub fn fences(&self, write: bool) -> io::Result<Option<OwnedFd>> {
         self.fd.as_ref().map_or(Ok(None), |fd| fence::snapshot(fd.as_fd(), write))
     }
