@@ -19,8 +19,11 @@ use crate::guest::Guest;
 use crate::host::Client;
 use crate::ids::{Access, Cookie};
 use crate::protocol::Status;
-use crate::registry::{Begun, SyncRequest};
+use crate::registry::{self, SyncRequest};
 use crate::world::{Bell, point};
+
+const COOKIE: u32 = 7;
+const PATIENCE: Duration = Duration::from_secs(9);
 
 /// What they know of each other.
 #[derive(Default)]
@@ -65,7 +68,7 @@ fn bits() -> u16 {
 }
 
 fn timeout() -> Duration {
-    Duration::from_millis([1, 3, 9000][thread_rng().gen_range(0..3)])
+    [Duration::from_millis(1), Duration::from_millis(3), PATIENCE][thread_rng().gen_range(0..3)]
 }
 
 /// Holds what it has for a while: for a few steps of others, or as long as they may wait.
@@ -76,41 +79,73 @@ fn linger(bell: &Bell) {
     }
 }
 
-/// BEGIN and END; between them the answers to others may come, or a CANCEL of it.
-fn access(guest: &mut Guest, handle: u64) {
-    let (flags, cookie) = (bits(), 7);
-    let timeout_ns = u64::try_from(timeout().as_nanos()).expect("short");
-    let begin = Sync { flags, cookie, handle, timeout_ns, ..Default::default() };
-    let room = size_of::<RespSync>();
-    let head = guest.submit(vq::SYNC, &begin.bytes(), room);
-    if rarely() {
-        let hdr = header(Opcode::Cancel, 0);
-        let cancel =
-            Cancel { hdr, handle: handle.into(), cookie: cookie.into(), ..Default::default() };
-        let _ = guest.control::<Resp>(cancel.as_bytes());
-    }
-    if guest.wait::<RespSync>(vq::SYNC, head).is_ok() {
-        linger(&guest.bell());
-        let end = Sync { flags: flags | flag::SYNC_END, handle, ..Default::default() };
-        let head = guest.submit(vq::SYNC, &end.bytes(), room);
-        let _ = guest.wait::<RespSync>(vq::SYNC, head);
+/// A BEGIN that is not answered yet.
+struct Begun {
+    handle: u64,
+    flags: u16,
+    head: u16,
+    patient: bool,
+}
+
+fn begin(guest: &mut Guest, handle: u64) -> Begun {
+    let (flags, timeout) = (bits(), timeout());
+    let timeout_ns = u64::try_from(timeout.as_nanos()).expect("short");
+    let begin = Sync { flags, cookie: COOKIE, handle, timeout_ns, ..Default::default() };
+    let head = guest.submit(vq::SYNC, &begin.bytes(), size_of::<RespSync>());
+    Begun { handle, flags, head, patient: timeout >= PATIENCE }
+}
+
+/// Waits for the bits, and gives them back.
+fn end(guest: &mut Guest, begun: Begun) {
+    let Begun { handle, flags, head, patient } = begun;
+    match guest.wait::<RespSync>(vq::SYNC, head) {
+        Ok(_) => {
+            linger(&guest.bell());
+            let end = Sync { flags: flags | flag::SYNC_END, handle, ..Default::default() };
+            let head = guest.submit(vq::SYNC, &end.bytes(), size_of::<RespSync>());
+            let _ = guest.wait::<RespSync>(vq::SYNC, head);
+        }
+        Err(refusal) => served(refusal.status, patient),
     }
 }
 
-/// Another session, sometimes. Returns whether its handles are dead.
-fn disturb(guest: &mut Guest) -> Option<bool> {
+/// All hold what they have for a few milliseconds, so who waits for seconds gets it.
+fn served(status: Status, patient: bool) {
+    assert!(!patient || status != Status::TimedOut, "nobody serves who is patient");
+}
+
+/// BEGIN and END; between them the answers to others may come, or a CANCEL of it.
+fn access(guest: &mut Guest, handle: u64) {
+    let begun = begin(guest, handle);
     if rarely() {
-        guest.reset();
-    } else if rarely() {
-        guest.pause();
-        return Some(false);
-    } else if rarely() {
-        guest.disconnect();
-        if !guest.connect() {
-            return None;
+        let (hdr, handle) = (header(Opcode::Cancel, 0), handle.into());
+        let cancel = Cancel { hdr, handle, cookie: COOKIE.into(), ..Default::default() };
+        let _ = guest.control::<Resp>(cancel.as_bytes());
+    }
+    end(guest, begun);
+}
+
+/// Another session or a pause, perhaps with a BEGIN under way. Returns whether its handles are dead;
+/// `None` where there is no daemon any more.
+fn disturb(guest: &mut Guest, handle: u64) -> Option<bool> {
+    let begun = maybe().then(|| begin(guest, handle));
+    match thread_rng().gen_range(0..8) {
+        0 => guest.reset(),
+        1 => {
+            guest.disconnect();
+            if !guest.connect() {
+                return None;
+            }
         }
-    } else {
-        return Some(false);
+        other => {
+            if other < 5 {
+                guest.pause();
+            }
+            if let Some(begun) = begun {
+                end(guest, begun);
+            }
+            return Some(false);
+        }
     }
     Some(true)
 }
@@ -142,7 +177,7 @@ pub fn export(guest: &mut Guest, shared: &Shared) {
                     let query = handle_request(Opcode::Query, 0, handle);
                     let _ = guest.control::<RespState>(&query);
                 }
-                _ => match disturb(guest) {
+                _ => match disturb(guest, handle) {
                     Some(dead) => alive = !dead,
                     None => return,
                 },
@@ -185,7 +220,7 @@ pub fn import(guest: &mut Guest, shared: &Shared) {
             access(guest, handle);
         }
         if !shared.quiet && maybe() {
-            match disturb(guest) {
+            match disturb(guest, handle) {
                 Some(false) => {}
                 Some(true) => continue,
                 None => return,
@@ -216,12 +251,14 @@ pub fn consume(client: &Client, shared: &Shared) {
         let Ok((lease, outside)) = acquired else { continue };
         if maybe() {
             outside.begin_work();
-            let host = client.host.clone();
-            let outside = Arc::clone(&outside);
+            let (host, outside) = (client.host.clone(), Arc::clone(&outside));
+            // As long as it works, not all are at rest.
+            let device = Bell::new();
             shuttle::thread::spawn(move || {
-                (0..20).for_each(|_| point());
+                (0..thread_rng().gen_range(0..300)).for_each(|_| point());
                 outside.end_work();
                 host.look_at_fences();
+                device.retire();
             });
         }
         if maybe() {
@@ -234,8 +271,12 @@ pub fn consume(client: &Client, shared: &Shared) {
                 let _ = client.ask(move |hub| hub.host_cancel(id, cookie));
             }
             let begun = match begun {
-                Ok(Begun::Now(_)) => true,
-                Ok(Begun::Waits) => client.ended(cookie) == Status::Ok,
+                Ok(registry::Begun::Now(_)) => true,
+                Ok(registry::Begun::Waits) => {
+                    let status = client.ended(cookie);
+                    served(status, timeout >= PATIENCE);
+                    status == Status::Ok
+                }
                 Err(_) => false,
             };
             if begun {
