@@ -1,5 +1,5 @@
 //! Sixty-four VMs of one daemon that may all share with each other: all that they hold is on the books, and
-//! all of it comes back. BUFSHARE_CROWD is how many buffers each has (200 if unset), as far as the limit of
+//! all of it comes back. BUFSHARE_CROWD is how many buffers each has (100 if unset), as far as the limit of
 //! open files allows. A thousand each, with udmabuf:
 //!
 //!     cargo test --test crowd --no-run
@@ -22,7 +22,7 @@ const FOR_ALL: usize = 3;
 /// Buffers of each VM. The daemon inherits the limit that it is given here.
 fn each() -> usize {
     let fixed = VMS as u64 * FDS_PER_VM + FDS_OF_DAEMON;
-    let asked = std::env::var("BUFSHARE_CROWD").map_or(200, |text| text.parse().expect("a number"));
+    let asked = std::env::var("BUFSHARE_CROWD").map_or(100, |text| text.parse().expect("a number"));
     let wanted = VMS as u64 * asked + fixed;
     let limit = getrlimit(Resource::Nofile);
     let more = Rlimit { current: Some(wanted), maximum: Some(wanted) };
