@@ -3,7 +3,7 @@
 //! open files allows. A thousand each, with udmabuf:
 //!
 //!     cargo test --test crowd --no-run
-//!     BUFSHARE_CROWD=1000 tests/vm/uml --timeout 300 --share target target/debug/deps/crowd-HASH --nocapture
+//!     tests/vm/uml --timeout 300 --share target env BUFSHARE_CROWD=1000 target/debug/deps/crowd-HASH --nocapture
 
 mod common;
 
