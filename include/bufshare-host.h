@@ -174,7 +174,7 @@ struct bufshare_host_resp_hello {
 	bufshare_le32 version;
 	bufshare_le32 peer_id;     /* BUFSHARE_PEER_HOST */
 	bufshare_le32 max_leases;  /* per client; more: QUOTA */
-	bufshare_le32 max_waits;   /* pending BEGINs per client; more: BUSY */
+	bufshare_le32 max_waits;   /* pending BEGINs and WAITs per client; more: BUSY */
 	bufshare_le32 max_wait_ms; /* upper bound of any wait */
 	bufshare_le32 max_exports; /* per client; more: QUOTA */
 	uint8_t daemon[64];        /* name and release of the daemon; for people */
@@ -339,7 +339,7 @@ struct bufshare_host_report {
 	bufshare_le32 nr_leases;
 	bufshare_le32 nr_attachments; /* of other VMs */
 	bufshare_le32 nr_mappings;    /* of these attachments */
-	bufshare_le32 nr_waits;       /* pending BEGINs of anybody */
+	bufshare_le32 nr_waits;       /* pending BEGINs and WAITs of anybody */
 	bufshare_le32 flags;          /* BUFSHARE_REPORT_F_* */
 };
 struct bufshare_host_resp_inspect {

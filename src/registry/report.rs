@@ -132,6 +132,7 @@ impl<H: Clone> Registry<H> {
     fn report(&self, key: BufferKey, now: Duration) -> Option<Report> {
         let buffer = self.buffers.get(&key)?;
         let state = self.state_of(key)?;
+        let begins = buffer.sync.iter().flat_map(|sync| sync.waiters().chain(sync.fenced()));
         Some(Report {
             info: self.info_of(key, buffer, |_| false),
             state: state.state,
@@ -139,7 +140,7 @@ impl<H: Clone> Registry<H> {
             leases: buffer.leases.len(),
             attachments: buffer.attachments.len(),
             mappings: state.nr_mappings,
-            waits: buffer.sync.iter().flat_map(|sync| sync.waiters().chain(sync.fenced())).count(),
+            waits: begins.count() + buffer.points.as_ref().map_or(0, |points| points.pending()),
             owner_gone: match buffer.session.client() {
                 Some(client) => !self.exporters.contains_key(&client),
                 None => self.vm(buffer.session).is_err(),

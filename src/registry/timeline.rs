@@ -81,6 +81,11 @@ impl Points {
         }
     }
 
+    /// How many wait.
+    pub fn pending(&self) -> usize {
+        self.waits.len()
+    }
+
     /// When time alone ends a wait next.
     pub fn next_due(&self) -> Option<Duration> {
         self.waits.iter().map(|wait| wait.waiter.deadline).min()
