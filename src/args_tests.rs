@@ -81,3 +81,15 @@ fn a_file_says_the_same_as_the_command_line() {
     std::fs::write(&path, "vms = 1\n").unwrap();
     assert!(settings(&["--config", path.to_str().unwrap()]).is_err());
 }
+
+#[test]
+fn a_window_is_a_power_of_two_or_none() {
+    let with = |size: &'static str| settings(&["--vm", "name=a,socket=/a", "--window-size", size]);
+    assert_eq!(settings(&["--vm", "name=a,socket=/a"]).unwrap().window_size, DEFAULT_WINDOW);
+    for (text, size) in [("0", 0), ("4096", GRANULE), ("1099511627776", MAX_WINDOW)] {
+        assert_eq!(with(text).unwrap().window_size, size);
+    }
+    for text in ["1", "2048", "12288", "2199023255552"] {
+        assert!(with(text).unwrap_err().to_string().contains("power of two"), "{text}");
+    }
+}

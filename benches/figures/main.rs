@@ -1,6 +1,6 @@
 //! The daemon's figures beside the bare system calls, measured by turns in one run: as ratios they
 //! hold on any machine. `cargo bench --bench figures [query] [export] [frame] [peers]
-//! [vms]`; `benches/run` adds a host that has udmabuf.
+//! [window] [vms]`; `benches/run` adds a host that has udmabuf.
 //!
 //! It judges nothing but budgets: a figure over its budget is printed as such and fails nothing.
 
@@ -13,6 +13,7 @@ mod peers;
 mod place;
 mod table;
 mod vms;
+mod window;
 
 use std::process::{self, ExitCode};
 use std::thread;
@@ -51,6 +52,7 @@ fn main() -> ExitCode {
         ("export", export::figures),
         ("frame", frame::figures),
         ("peers", peers::figures),
+        ("window", window::figures),
         ("vms", vms::figures),
     ] {
         if wanted.is_empty() || wanted.iter().any(|wanted| wanted == name) {

@@ -1,10 +1,11 @@
 //! The registry's promises to importers and about them.
 
 use super::*;
-use crate::ids::MappingId;
+use crate::ids::{FileId, MappingId, WindowId, WindowRange};
 use crate::limits::{
-    LOOKED_AT, MAX_ATTACHMENTS, MAX_COPY_MAPPINGS, MAX_MAPPED, MAX_MISSES_PER_SECOND,
+    ECHO_WAIT, LOOKED_AT, MAX_ATTACHMENTS, MAX_COPY_MAPPINGS, MAX_MAPPED, MAX_MISSES_PER_SECOND,
 };
+use crate::window::Todo;
 
 const IMPORT: Wants = Wants { peers: false, import: true };
 
@@ -381,4 +382,116 @@ fn every_decision_is_on_record() {
         Audit::Revoked { importer, exporter, uuid },
     ];
     assert_eq!(w.registry.take_outbox().audit, expected);
+}
+
+// What a window shows.
+
+const FILE: FileId = FileId { dev: 1, ino: 1 };
+
+impl World {
+    /// An attachment of "ui" that can map into its window.
+    fn attach_window(&mut self, uuid: Uuid, access: Access) -> Attached {
+        let request = AttachRequest { uuid, access, zero_copy: false, window: true };
+        self.registry.attach(self.ui, request, self.now).unwrap()
+    }
+
+    fn map_window(&mut self, handle: HandleId, start: u64, token: u64) -> Result<(), Status> {
+        let range = WindowRange { start, len: PAGE };
+        let request = WindowRequest { handle, offset: 0, range, access: READ };
+        let (ticket, shared) = self.registry.begin_window(self.ui, request)?;
+        let memory = shared.unwrap_or_else(|| self.memory.clone());
+        self.registry.finish_window(ticket, Ok((memory, FILE)), token)
+    }
+
+    /// The VMM does everything that it is asked, and what follows is told.
+    fn obey(&mut self, window: WindowId) -> Vec<(u64, Status)> {
+        while let Some(todo) = self.registry.next_for_vmm(UI, window, self.now) {
+            let place = todo.place();
+            let answer = match todo {
+                Todo::Map { .. } => Answer::Mapped { place, done: true },
+                Todo::Unmap { .. } => Answer::Unmapped { place, done: true },
+                Todo::Barrier { .. } => Answer::Settled { place },
+            };
+            self.registry.vmm_answered(UI, window, answer, self.now);
+            self.now += ECHO_WAIT;
+        }
+        let settled = std::mem::take(&mut self.registry.outbox.settled);
+        settled.into_iter().map(|one| (one.token, one.status)).collect()
+    }
+}
+
+/// "app" exported a page in this mode, and "ui" sees it in its window.
+fn seen(mode: Mode) -> (World, Export, HandleId, WindowId) {
+    let mut w = friends();
+    let window = w.registry.open_window(UI, 16 * PAGE);
+    let export = w.try_export(page(), None, mode).unwrap();
+    w.grant_ui(export);
+    let handle = w.attach_window(export.uuid, ALL).handle;
+    w.map_window(handle, 0, 1).unwrap();
+    assert_eq!(w.registry.detach(w.ui, handle), Err(Status::Busy), "it is being mapped");
+    assert_eq!(w.obey(window), [(1, Status::Ok)]);
+    assert_eq!(w.state_of(handle), State::Mapped);
+    (w, export, handle, window)
+}
+
+#[test]
+fn pages_in_a_window_are_in_use_until_the_vmm_and_all_others_let_go() {
+    let (mut w, export, handle, window) = seen(Mode::ZeroCopy);
+    let told = w.release(export, true);
+    assert_eq!((told.state, told.use_count), (State::Releasing, 1));
+    assert_eq!(w.state_of(handle), State::Revoked);
+    assert!(w.registry.outbox.observe.is_empty(), "it is still mapped: a look tells nothing");
+    assert_eq!(w.obey(window), []);
+    let observe = std::mem::take(&mut w.registry.outbox.observe);
+    let key = *observe.first().expect("now it does");
+    for held in [true, false] {
+        assert!(w.state(export).is_ok(), "not told yet");
+        let (look, memory) = w.registry.look(key).expect("somebody may hold it");
+        drop(memory);
+        w.registry.observed(look, held, w.now);
+    }
+    assert!(w.heard(w.app).contains(&(EventKind::Released, Some(export.handle))));
+    assert_eq!(w.registry.unmap(w.ui, MappingId(1), 2), Ok(true), "nothing is there any more");
+    w.registry.detach(w.ui, handle).unwrap();
+    w.registry.take_outbox();
+    assert_eq!((w.held(), w.registry.buffer_count()), (0, 0));
+}
+
+#[test]
+fn a_copy_in_a_window_is_charged_to_who_sees_it() {
+    let (mut w, export, _, window) = seen(Mode::Copy);
+    assert_eq!(w.release(export, true).state, State::Released);
+    let bytes = |w: &World| w.registry.vms.get(&UI).map(Vm::bytes_mapped);
+    assert_eq!(bytes(&w), Some(PAGE), "until the VMM has unmapped it");
+    w.obey(window);
+    assert_eq!(bytes(&w), Some(0));
+}
+
+#[test]
+fn a_look_that_began_before_a_mapping_counts_for_nothing() {
+    let (mut w, export, handle, window) = seen(Mode::ZeroCopy);
+    w.registry.unmap(w.ui, MappingId(1), 2).unwrap();
+    assert_eq!(w.obey(window), [(2, Status::Ok)]);
+    let key = *w.registry.outbox.observe.first().expect("a look");
+    let (look, _) = w.registry.look(key).expect("a look");
+    w.map_window(handle, PAGE, 3).unwrap();
+    w.obey(window);
+    w.registry.unmap(w.ui, MappingId(2), 4).unwrap();
+    w.obey(window);
+    w.registry.observed(look, false, w.now);
+    w.registry.detach(w.ui, handle).unwrap();
+    assert_eq!(w.use_count(export), 1, "another look has to tell");
+}
+
+#[test]
+fn another_connection_is_asked_nothing_of_before() {
+    let (mut w, export, handle, window) = seen(Mode::ZeroCopy);
+    w.map_window(handle, PAGE, 5).unwrap();
+    w.registry.close_window(UI);
+    let other = w.registry.open_window(UI, 16 * PAGE);
+    assert_eq!(w.obey(window), [], "the old one's thread");
+    assert_eq!(w.obey(other), []);
+    assert_eq!(w.use_count(export), 2, "an attachment, and who knows who still sees it");
+    w.map_window(handle, PAGE, 6).unwrap();
+    assert_eq!(w.obey(other), [(6, Status::Ok)]);
 }

@@ -85,6 +85,7 @@ struct Shown {
 }
 
 struct State {
+    channel: UnixStream,
     behaviour: Behaviour,
     shown: BTreeMap<u64, Shown>,
     asked: Vec<Asked>,
@@ -110,6 +111,7 @@ impl Vmm {
         frontend: Frontend,
     ) -> Vmm {
         let state = State {
+            channel: channel.try_clone().expect("dup"),
             behaviour,
             shown: BTreeMap::new(),
             asked: Vec::new(),
@@ -119,7 +121,10 @@ impl Vmm {
         };
         let vmm = Vmm { state: Arc::new(Mutex::new(state)), memory, size };
         let this = vmm.clone();
-        thread::spawn(move || while this.serve(&channel).is_some() {});
+        thread::spawn(move || {
+            while this.serve(&channel).is_some() {}
+            this.hang_up();
+        });
         vmm
     }
 
@@ -165,6 +170,12 @@ impl Vmm {
         let into = usize::try_from(at - start).expect("small");
         let slice = shown.region.get_slice(into, bytes.len()).expect("inside the mapping");
         slice.write_slice(bytes, 0).expect("inside");
+    }
+
+    /// Closes its end of the channel.
+    pub fn hang_up(&self) {
+        // The other end may be closed.
+        let _ = self.state().channel.shutdown(std::net::Shutdown::Both);
     }
 
     /// Descriptors of what it shows, as a process keeps them that only hung up.

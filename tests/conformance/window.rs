@@ -644,3 +644,30 @@ fn riders_are_bounded() {
     pair.b.map(&at(handle, 0, PAGE)).refused(Status::Quota);
     assert_eq!(pair.b.window().asked().len(), 1);
 }
+
+/// [dev-reset-7] A VMM that hangs up without closing its back channel leaves a thread behind each time, and
+/// not more than a few.
+#[test]
+fn channels_that_are_never_closed_are_bounded() {
+    let max = bufshare::limits::MAX_CHANNELS;
+    let mut pair = windowed(Behaviour::default());
+    let buffer = pair.granted(1);
+    let mut kept = Vec::new();
+    for _ in 0..max {
+        let handle = pair.attach(&buffer);
+        pair.b.window().behave(Behaviour { manner: Manner::Silent, ..Default::default() });
+        pair.b.control_ring().submit(&[&at(handle, 0, PAGE).bytes()], &[24]).expect("room");
+        assert!(wait_for(SOON, || !pair.b.window().asked().is_empty()));
+        kept.push(pair.b.window().clone());
+        pair.b.reconnect();
+    }
+    let handle = pair.attach(&buffer);
+    pair.b.map(&at(handle, 0, PAGE)).refused(Status::Unsupp);
+    pair.a.query(buffer.handle).expect("the other VM");
+    kept.pop().expect("one of them").hang_up();
+    std::thread::sleep(QUIET);
+    pair.b.reconnect();
+    settle(&mut pair.b);
+    let handle = pair.attach(&buffer);
+    pair.b.map(&at(handle, 0, PAGE)).expect("there is room for one again");
+}
