@@ -46,6 +46,16 @@ daemon() {
     wait_for 10 test -S "$S/host.sock" || { cat "$OUT/daemon.log"; die "the daemon does not come up"; }
 }
 
+# service_manager: systemd as the manager of services, without being the first process.
+service_manager() {
+    mkdir -p /run/systemd/system "$S/config/systemd/user"
+    mountpoint -q /sys/fs/cgroup || mount -t cgroup2 none /sys/fs/cgroup
+    export XDG_CONFIG_HOME=$S/config
+    chmod 700 "$S"
+    start systemd /lib/systemd/systemd --user --log-target=console
+    wait_for 10 systemctl --user is-system-running --wait || { cat "$OUT/systemd.log"; die "systemd does not come up"; }
+}
+
 # vm NAME KERNEL [QEMU OPTION...]: boots a guest with the device and waits until it takes commands.
 vm() {
     local name=$1 kernel=$2 image=IMAGE_${2//./_} accel=tcg
