@@ -374,7 +374,13 @@ static int bufshare_reboot(struct notifier_block *nb, unsigned long action, void
 
 /* ---- the driver ---- */
 
-/* Drops what lacks something that it needs. */
+#define BUFSHARE_VHOST_USER_BIT 30 /* VHOST_USER_F_PROTOCOL_FEATURES */
+
+/*
+ * Drops what lacks something that it needs. The transport is then asked to finalize the features once
+ * more. virtio_uml has a bit of its own among them, without which it does not tell its back end that
+ * queues stop and start: the core has taken it out by then, so it is put back.
+ */
 static int bufshare_validate(struct virtio_device *vdev)
 {
 	static const unsigned int importers[] = {
@@ -383,6 +389,9 @@ static int bufshare_validate(struct virtio_device *vdev)
 	struct virtio_shm_region region;
 	unsigned int i;
 
+	if (vdev->config->get_features &&
+	    vdev->config->get_features(vdev) & BIT_ULL(BUFSHARE_VHOST_USER_BIT))
+		__virtio_set_bit(vdev, BUFSHARE_VHOST_USER_BIT);
 	if (!bufshare_window_find(vdev, &region))
 		__virtio_clear_bit(vdev, VIRTIO_BUFSHARE_F_WINDOW);
 	if (virtio_has_feature(vdev, VIRTIO_BUFSHARE_F_IMPORT))
