@@ -189,7 +189,8 @@ impl<H> Buffer<H> {
     pub(super) fn use_count(&self) -> u32 {
         let foreign = match self.foreign {
             Foreign::None => false,
-            Foreign::Possible => self.leases.is_empty(),
+            // While a lease or a window explains them, nobody looks.
+            Foreign::Possible => self.leases.is_empty() && self.shown == 0,
             Foreign::Held { .. } => true,
         };
         let stale = self.shown > 0 && !self.attachments.iter().any(|held| held.shares);

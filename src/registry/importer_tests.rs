@@ -495,3 +495,13 @@ fn another_connection_is_asked_nothing_of_before() {
     w.map_window(handle, PAGE, 6).unwrap();
     assert_eq!(w.obey(other), [(6, Status::Ok)]);
 }
+
+#[test]
+fn a_mapping_that_lives_explains_what_one_that_ended_left() {
+    let (mut w, export, handle, window) = seen(Mode::ZeroCopy);
+    w.map_window(handle, PAGE, 2).unwrap();
+    w.obey(window);
+    w.registry.unmap(w.ui, MappingId(1), 3).unwrap();
+    assert_eq!(w.obey(window), [(3, Status::Ok)]);
+    assert_eq!(w.use_count(export), 1, "the attachment, nobody else");
+}

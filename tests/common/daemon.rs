@@ -41,7 +41,7 @@ impl Launch {
         let (command, sockets) = self.command(dir.path());
         let mut daemon = Daemon { child: spawn(command, dir.path()), dir };
         let ready = wait_for(Duration::from_secs(20), || {
-            daemon.exited().is_some() || sockets.iter().all(|socket| socket.exists())
+            daemon.exited().is_some() || sockets.iter().all(|socket| listens(socket))
         });
         if let Some(status) = daemon.exited() {
             panic!("the daemon ended at once: {status}");
@@ -69,6 +69,15 @@ impl Launch {
         command.args(self.args.iter().map(|arg| arg.replace("@DIR@", &here)));
         (command, sockets)
     }
+}
+
+/// Whether somebody listens on a socket: it exists a moment before.
+fn listens(socket: &Path) -> bool {
+    let listening = |line: &str| {
+        let mut fields = line.split_whitespace();
+        fields.nth(3) == Some("00010000") && line.ends_with(&*socket.to_string_lossy())
+    };
+    fs::read_to_string("/proc/net/unix").expect("/proc/net/unix").lines().any(listening)
 }
 
 /// Starts it; its log goes behind what is there.
