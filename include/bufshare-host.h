@@ -368,6 +368,11 @@ struct bufshare_host_holder {
 	bufshare_le32 left_ms;     /* until that one times out */
 	bufshare_le32 nr_mappings; /* ATTACHMENT */
 	bufshare_le32 flags;       /* BUFSHARE_HOLDER_F_* */
+	bufshare_le64 acquire_point; /* of ACQUIRE, the next one that it waits for; 0: none */
+	bufshare_le64 release_point; /* of RELEASE */
+	bufshare_le64 released;      /* what its own RELEASE reached */
+	bufshare_le32 points_left_ms; /* until the first of these waits times out */
+	bufshare_le32 reserved;
 };
 struct bufshare_host_resp_holders {
 	struct bufshare_host_resp hdr;
@@ -378,6 +383,7 @@ struct bufshare_host_resp_holders {
 	bufshare_le32 fd_kind;    /* BUFSHARE_FD_* */
 	bufshare_le32 count;      /* holders that follow */
 	bufshare_le32 nr_holders; /* all holders */
+	bufshare_le64 acquired;   /* what ACQUIRE reached */
 	/* struct bufshare_host_holder holders[count]; */
 };
 
@@ -442,8 +448,8 @@ BUFSHARE_SIZE(bufshare_host_inspect, 32);
 BUFSHARE_SIZE(bufshare_host_report, 192);
 BUFSHARE_SIZE(bufshare_host_resp_inspect, 24);
 BUFSHARE_SIZE(bufshare_host_holders, 40);
-BUFSHARE_SIZE(bufshare_host_holder, 120);
-BUFSHARE_SIZE(bufshare_host_resp_holders, 240);
+BUFSHARE_SIZE(bufshare_host_holder, 152);
+BUFSHARE_SIZE(bufshare_host_resp_holders, 248);
 BUFSHARE_SIZE(bufshare_host_export, 72);
 BUFSHARE_SIZE(bufshare_host_resp_export, 48);
 BUFSHARE_SIZE(bufshare_host_grant, 40);

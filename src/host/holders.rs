@@ -12,7 +12,7 @@ use super::client::Client;
 use super::error::Error;
 use super::values::Buffer;
 use super::wire::{self, FdKind, HolderKind, Type};
-use crate::protocol::State;
+use crate::protocol::{State, access};
 
 /// A buffer and how it is used.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,7 +28,7 @@ pub struct Report {
     pub attachments: u32,
     /// Of these attachments.
     pub mappings: u32,
-    /// Pending BEGINs of anybody.
+    /// Pending BEGINs and WAITs of anybody.
     pub waits: u32,
     /// The exporter's session is over.
     pub owner_gone: bool,
@@ -80,6 +80,14 @@ pub struct Holder {
     pub revoked: bool,
     /// It waits for a fence of the host.
     pub fenced: bool,
+    /// The next point of ACQUIRE that it waits for; 0: none.
+    pub acquire_point: u64,
+    /// The same of RELEASE.
+    pub release_point: u64,
+    /// What its own RELEASE reached.
+    pub released: u64,
+    /// Until the first of these waits times out.
+    pub points_left: Duration,
 }
 
 impl From<&wire::Holder> for Holder {
@@ -99,17 +107,35 @@ impl From<&wire::Holder> for Holder {
             mappings: raw.nr_mappings.get(),
             revoked: raw.flags.get() & wire::flag::HOLDER_REVOKED != 0,
             fenced: raw.flags.get() & wire::flag::HOLDER_FENCE != 0,
+            acquire_point: raw.acquire_point.get(),
+            release_point: raw.release_point.get(),
+            released: raw.released.get(),
+            points_left: Duration::from_millis(raw.points_left_ms.get().into()),
         }
     }
 }
 
 impl Holder {
+    fn is(&self, other: &Holder) -> bool {
+        (self.kind, self.number, self.peer) == (other.kind, other.number, other.peer)
+    }
+
+    /// Whether this one waits for a point that `other` can signal. Who waits for the RELEASE of its own
+    /// waits for itself.
+    pub fn awaits_point_of(&self, other: &Holder) -> bool {
+        let exporter = |holder: &Holder| holder.kind == Some(HolderKind::Exporter);
+        if other.revoked || self.is(other) {
+            return false;
+        }
+        let says = exporter(other) || other.access & access::WRITE != 0;
+        let keeps = exporter(self) && other.released < self.release_point;
+        (self.acquire_point != 0 && says) || keeps
+    }
+
     /// Whether a pending BEGIN of this one waits for `other`.
     pub fn waits_for(&self, other: &Holder) -> bool {
-        use crate::protocol::access::WRITE;
-        if self.waits == 0
-            || (self.kind, self.number, self.peer) == (other.kind, other.number, other.peer)
-        {
+        use access::WRITE;
+        if self.waits == 0 || self.is(other) {
             return false;
         }
         let conflict = other.holds & WRITE != 0 || (self.waits & WRITE != 0 && other.holds != 0);
@@ -137,6 +163,8 @@ pub struct Memory {
 pub struct Holders {
     /// The buffer.
     pub report: Report,
+    /// What ACQUIRE reached.
+    pub acquired: u64,
     /// `None` once it is given up.
     pub memory: Option<Memory>,
     /// The exporter first.
@@ -188,7 +216,8 @@ impl Client {
                 references: (references != u32::MAX).then_some(references),
             };
             let memory = Some(memory).filter(|memory| memory.inode != 0);
-            return Ok(Holders { report: Report::from(&reply.report), memory, holders });
+            let (report, acquired) = (Report::from(&reply.report), reply.acquired.get());
+            return Ok(Holders { report, acquired, memory, holders });
         }
     }
 }

@@ -77,6 +77,7 @@ pub fn holders(
         fd_kind: memory.map_or(0, |memory| fd_kind(memory.kind()).to_wire()).into(),
         count: count(found.some.len()),
         nr_holders: count(found.all),
+        acquired: found.acquired.into(),
     };
     drop(found.backing);
     let mut bytes = fixed.as_bytes().to_vec();
@@ -126,5 +127,10 @@ fn holder(info: &HolderInfo, people: &People) -> wire::Holder {
         left_ms: u32::try_from(info.left.as_millis()).unwrap_or(u32::MAX).into(),
         nr_mappings: count(info.mappings),
         flags: flags.into(),
+        acquire_point: info.points[0].into(),
+        release_point: info.points[1].into(),
+        released: info.released.into(),
+        points_left_ms: u32::try_from(info.points_left.as_millis()).unwrap_or(u32::MAX).into(),
+        reserved: 0.into(),
     }
 }

@@ -274,7 +274,7 @@ wire_struct! {
 }
 wire_struct! {
     /// Somebody with a right to a buffer.
-    Holder [120] {
+    Holder [152] {
         name: [u8; PEER_NAME_LEN],
         number: U64,
         age_ms: U64,
@@ -288,11 +288,16 @@ wire_struct! {
         left_ms: U32,
         nr_mappings: U32,
         flags: U32,
+        acquire_point: U64,
+        release_point: U64,
+        released: U64,
+        points_left_ms: U32,
+        reserved: U32,
     }
 }
 wire_struct! {
     /// Answer to HOLDERS; `count` holders follow.
-    RespHolders [240] {
+    RespHolders [248] {
         hdr: Resp,
         report: Report,
         device: U64,
@@ -301,6 +306,7 @@ wire_struct! {
         fd_kind: U32,
         count: U32,
         nr_holders: U32,
+        acquired: U64,
     }
 }
 

@@ -9,10 +9,11 @@ use std::time::Duration;
 
 use uuid::Uuid;
 
+use super::timeline::Points;
 use super::{BufferInfo, Holder, Registry, Vm};
 use crate::ids::{Access, BufferKey, ClientId, HandleId, LeaseId, PeerId};
 use crate::limits::LOOKED_AT;
-use crate::protocol::State;
+use crate::protocol::{Line, State};
 
 /// A buffer and how it is used.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -27,7 +28,7 @@ pub struct Report {
     pub attachments: usize,
     /// Of the attachments.
     pub mappings: u32,
-    /// Pending BEGINs.
+    /// Pending BEGINs and WAITs.
     pub waits: usize,
     /// Its exporter's session is over.
     pub owner_gone: bool,
@@ -65,6 +66,12 @@ pub struct HolderInfo {
     pub left: Duration,
     /// It waits for a fence of the host.
     pub fenced: bool,
+    /// The next points of ACQUIRE and RELEASE that it waits for; 0: none.
+    pub points: [u64; 2],
+    /// Until the first of these waits times out.
+    pub points_left: Duration,
+    /// What its own RELEASE reached.
+    pub released: u64,
     /// Of an attachment.
     pub mappings: usize,
     /// Dead, but not handed back.
@@ -76,6 +83,8 @@ pub struct HolderInfo {
 pub struct Holders<H> {
     /// The buffer.
     pub report: Report,
+    /// What ACQUIRE reached.
+    pub acquired: u64,
     /// Its memory, until it is given up.
     pub backing: Option<H>,
     /// As many as were asked for.
@@ -172,6 +181,9 @@ impl<H: Clone> Registry<H> {
             place: 0,
             left: Duration::ZERO,
             fenced: false,
+            points: [0; 2],
+            points_left: Duration::ZERO,
+            released: 0,
             mappings: 0,
             revoked: report.owner_gone,
         };
@@ -222,7 +234,28 @@ impl<H: Clone> Registry<H> {
                 }
             }
         }
+        if let Some(points) = &buffer.points {
+            let mut waits: HashMap<Holder, ([u64; 2], Duration)> = HashMap::new();
+            for (waiter, line, point) in points.waits() {
+                let left = waiter.deadline.saturating_sub(now);
+                let wait = waits.entry(waiter.holder).or_insert(([0; 2], left));
+                let next = match line {
+                    Line::Acquire => &mut wait.0[0],
+                    Line::Release => &mut wait.0[1],
+                };
+                *next = if *next == 0 { point } else { point.min(*next) };
+                wait.1 = left.min(wait.1);
+            }
+            for (holder, info) in &mut some {
+                info.released = points.reached(Line::Release, *holder);
+                if let Some(wait) = waits.get(holder) {
+                    (info.points, info.points_left) = *wait;
+                }
+            }
+        }
+        let acquired = |points: &Points| points.reached(Line::Acquire, Holder::Exporter);
         Some(Holders {
+            acquired: buffer.points.as_deref().map_or(0, acquired),
             all: 1 + report.leases + report.attachments,
             report,
             backing: buffer.backing.clone(),

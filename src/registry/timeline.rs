@@ -81,6 +81,16 @@ impl Points {
         }
     }
 
+    /// What a timeline reached.
+    pub fn reached(&self, line: Line, holder: Holder) -> u64 {
+        self.of(line, holder).reached
+    }
+
+    /// Who waits for which point.
+    pub fn waits(&self) -> impl Iterator<Item = (&Waiter, Line, u64)> {
+        self.waits.iter().map(|wait| (&wait.waiter, wait.line, wait.point))
+    }
+
     /// How many wait.
     pub fn pending(&self) -> usize {
         self.waits.len()

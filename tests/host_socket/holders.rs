@@ -11,12 +11,13 @@ use bufshare::host::client::{Access, Client};
 use bufshare::host::holders::{Holder, Report};
 use bufshare::host::wire::HolderKind;
 use bufshare::ioctl::Mapping;
-use bufshare::protocol::{Mode, RespSync, State, Status, flag, vq};
+use bufshare::protocol::{Line, Mode, RespSync, State, Status, flag, vq};
 use serde_json::Value;
 use uuid::Uuid;
 
 use crate::common::{
-    Attach, Daemon, Export, Grant, Guest, Launch, Map, PAGE, Refused, Setup, Sync, name, wait_for,
+    Attach, Daemon, Export, Grant, Guest, Launch, Map, PAGE, Point, Refused, Setup, Sync, name,
+    wait_for,
 };
 use crate::desk::{READ, WRITE};
 use crate::programs::{NOBODY, SOON, ctl, json};
@@ -208,6 +209,54 @@ fn who_waits_for_whom_is_told() {
     assert_eq!(shown.matches("VM b to write").count(), 2, "{shown}");
     let top = json(&ctl(&bed.daemon, &["top", "-n", "1", "--json"]));
     assert_eq!((&top[0]["waits"], &top[0]["mappings"]), (&2.into(), &2.into()));
+}
+
+#[test]
+fn who_waits_for_a_point_is_told() {
+    let mut bed = bed();
+    let mut client = Client::connect(&bed.daemon.host_socket(), "show").unwrap();
+    let lease = client.acquire(bed.uuid, READ, false).unwrap();
+    bed.a.signal(Point::new(bed.export, Line::Acquire, 5)).expect("POINT_SIGNAL");
+    bed.b.signal(Point::new(bed.attachment, Line::Release, 4)).expect("POINT_SIGNAL");
+    client.signal(lease.id, Line::Release, 2, Status::Ok).unwrap();
+    let patient = |handle, line, point| Point {
+        timeout_ns: 10_000_000_000,
+        ..Point::new(handle, line, point)
+    };
+    bed.a.start_wait(patient(bed.export, Line::Release, 4));
+    bed.b.start_wait(patient(bed.attachment, Line::Acquire, 8));
+    bed.b.start_wait(patient(bed.attachment, Line::Acquire, 7));
+    let own = client.submit_wait(lease.id, Line::Release, 9, SOON).unwrap();
+    assert!(wait_for(SOON, || only(&mut client).waits == 4));
+    assert_eq!(client.holders(bed.uuid).unwrap().acquired, 5);
+    let kinds = [HolderKind::Exporter, HolderKind::Attachment, HolderKind::Lease];
+    let [a, b, held] = kinds.map(|kind| told(&mut client, bed.uuid, kind));
+    assert_eq!((a.acquire_point, a.release_point, a.released), (0, 4, 0));
+    assert_eq!((b.acquire_point, b.release_point, b.released), (7, 0, 4), "the next one");
+    assert_eq!((held.acquire_point, held.release_point, held.released), (0, 9, 2));
+    assert!([&a, &b].iter().all(|one| (1..=10).contains(&one.points_left.as_secs())));
+    assert!(held.points_left <= SOON, "{:?}", held.points_left);
+    assert!(a.awaits_point_of(&held) && !a.awaits_point_of(&b) && !a.awaits_point_of(&a));
+    assert!(b.awaits_point_of(&a) && !b.awaits_point_of(&held) && !b.awaits_point_of(&b));
+    assert!(kinds.map(|kind| told(&mut client, bed.uuid, kind).waits) == [0; 3], "no BEGIN");
+    let (shown, me) = (text(&bed), std::process::id());
+    says(&shown, "its exporter a for point 4 of RELEASE, for ");
+    says(&shown, &format!("for pid {me} show, which is at 2"));
+    says(&shown, "VM b for point 7 of ACQUIRE, which is at 5, for ");
+    says(&shown, "for its exporter a");
+    says(&shown, &format!("pid {me} show for point 9 of RELEASE, for "));
+    says(&shown, "for itself");
+    let document = json(&ctl(&bed.daemon, &["info", "frame", "--json"]));
+    let holders = document["holders"].as_array().unwrap();
+    let exporter = holders.iter().find(|one| one["kind"] == "exporter").unwrap();
+    assert_eq!(exporter["waits_for_points_of"][0]["number"], lease.id);
+    assert_eq!((&document["acquired"], &exporter["release_point"]), (&5.into(), &4.into()));
+    // Nobody waits any more, and nothing is left of it.
+    client.signal(lease.id, Line::Release, 9, Status::Ok).unwrap();
+    bed.a.start_signal(Point::new(bed.export, Line::Acquire, 8));
+    assert!(wait_for(SOON, || only(&mut client).waits == 0));
+    assert_eq!(client.take_reached(own).unwrap(), Some(9));
+    assert!(!text(&bed).contains("for point"));
 }
 
 #[test]

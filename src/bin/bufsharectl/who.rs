@@ -100,20 +100,50 @@ pub fn waits(told: &Holders) -> Vec<String> {
         let (want, left) = (access_text(waiter.waits), age_text(waiter.left));
         format!("{} to {want}, for {left} at most: for {whom}", name(waiter))
     };
-    waiting.iter().map(wait).collect()
+    waiting.iter().map(wait).chain(point_waits(told)).collect()
+}
+
+/// Who waits for a point, and who can bring it.
+fn point_waits(told: &Holders) -> impl Iterator<Item = String> {
+    let wait = |waiter: &Holder| {
+        let (acquire, release) = (waiter.acquire_point, waiter.release_point);
+        let content = format!("point {acquire} of ACQUIRE, which is at {}", told.acquired);
+        let points = [(acquire, content), (release, format!("point {release} of RELEASE"))];
+        let points = points.into_iter().filter(|(point, _)| *point != 0);
+        let points: Vec<String> = points.map(|(_, text)| text).collect();
+        if points.is_empty() {
+            return None;
+        }
+        let others = told.holders.iter().filter(|other| waiter.awaits_point_of(other));
+        let exporter = waiter.kind == Some(HolderKind::Exporter);
+        let others = others.map(|other| match other.released {
+            at if exporter && at < release => format!("{}, which is at {at}", name(other)),
+            _ => name(other),
+        });
+        let others: Vec<String> = others.collect();
+        let whom = if others.is_empty() { "itself".to_owned() } else { others.join("; ") };
+        let (points, left) = (points.join(" and "), age_text(waiter.points_left));
+        Some(format!("{} for {points}, for {left} at most: for {whom}", name(waiter)))
+    };
+    told.holders.iter().filter_map(wait)
 }
 
 /// The same for programs.
 pub fn document(told: &Holders, seen: &Found) -> Value {
     let holders = told.holders.iter().map(|holder| {
         let waits_for = told.holders.iter().filter(|other| holder.waits_for(other));
-        let waits_for = waits_for.map(|other| json!({ "kind": kind(other), "number": other.number, "peer": other.peer }));
+        let id = |other: &Holder| json!({ "kind": kind(other), "number": other.number, "peer": other.peer });
+        let waits_for = waits_for.map(id);
+        let points_of = told.holders.iter().filter(|other| holder.awaits_point_of(other)).map(id);
         json!({
             "kind": kind(holder), "name": holder.name, "peer": holder.peer, "pid": holder.pid,
             "number": holder.number, "age_ms": millis(holder.age), "access": access_text(holder.access),
             "holds": access_text(holder.holds), "waits": access_text(holder.waits),
             "waits_for": waits_for.collect::<Vec<_>>(), "left_ms": millis(holder.left),
             "mappings": holder.mappings, "fence": holder.fenced, "revoked": holder.revoked,
+            "acquire_point": holder.acquire_point, "release_point": holder.release_point,
+            "released": holder.released, "points_left_ms": millis(holder.points_left),
+            "waits_for_points_of": points_of.collect::<Vec<_>>(),
         })
     });
     let processes = seen.processes.iter().map(|process| {
@@ -131,7 +161,7 @@ pub fn document(told: &Holders, seen: &Found) -> Value {
         "device": told.memory.map(|memory| memory.device), "inode": told.memory.map(|memory| memory.inode),
         "references": told.memory.and_then(|memory| memory.references),
         "holders": holders.collect::<Vec<_>>(), "processes": processes.collect::<Vec<_>>(),
-        "hidden_processes": seen.hidden,
+        "hidden_processes": seen.hidden, "acquired": told.acquired,
     })
 }
 
