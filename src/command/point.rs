@@ -12,9 +12,11 @@ pub fn line(number: u32) -> Result<Line, Status> {
     Line::from_wire(number).ok_or(Status::Inval)
 }
 
-/// What a SIGNAL tells those who wait.
+/// What a SIGNAL tells those who wait. Not that they should try again, or they would, without end.
 pub fn status(error: u32) -> Result<Status, Status> {
-    u16::try_from(error).ok().and_then(Status::from_wire).ok_or(Status::Inval)
+    let status = u16::try_from(error).ok().and_then(Status::from_wire);
+    let again = [Status::Busy, Status::TimedOut, Status::Again];
+    status.filter(|status| !again.contains(status)).ok_or(Status::Inval)
 }
 
 impl<'a> Raw<'a> {

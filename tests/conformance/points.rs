@@ -63,7 +63,8 @@ fn points_advance_on_known_timelines() {
         p.a.signal(Point { timeline: bad, ..ready(&a, 9) }).refused(Status::Inval);
         p.a.wait_point(Point { timeline: bad, ..ready(&a, 1) }).refused(Status::Inval);
     }
-    for error in [16, 0x1_0000] {
+    let again = [Status::Busy, Status::TimedOut, Status::Again].map(|s| s.to_wire().into());
+    for error in [16, 0x1_0000].into_iter().chain(again) {
         p.a.signal(Point { error, ..ready(&a, 9) }).refused(Status::Inval);
     }
     let error = Status::Io.to_wire().into();

@@ -175,7 +175,11 @@ struct bufshare_grant {
  * that is no fence of this guest, and only BEGIN waits for it.
  *
  * Of an attachment in COPY mode, BEGIN with READ brings the range up to date and END with WRITE
- * hands it to the others. DMA_BUF_IOCTL_SYNC on its dma-buf is the same for all of it.
+ * hands all bytes of its range to the others, those too that were not written. BEGIN with WRITE
+ * alone brings nothing: in what is not written then, END finds what an earlier bracket left there,
+ * or zeros, and overwrites what others wrote. So BEGIN with READ, too, unless all of END's range is
+ * written. DMA_BUF_IOCTL_SYNC on its dma-buf is the same for all of it, so that
+ * DMA_BUF_SYNC_WRITE without DMA_BUF_SYNC_READ is only for who writes every byte.
  */
 struct bufshare_sync {
 	__u64 handle;
