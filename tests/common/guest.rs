@@ -4,7 +4,7 @@
 //! It knows the life of a session (connect, start, pause, resume, reset, disconnect) and which
 //! queue a request belongs to; layouts of requests are [`super::requests`]' business.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -100,6 +100,8 @@ impl Setup {
             stopped: None,
             next_page: FREE,
             events: VecDeque::new(),
+            started: BTreeSet::new(),
+            late: HashMap::new(),
             setup: self,
         };
         guest.start();
@@ -136,6 +138,9 @@ pub struct Guest {
     socket: PathBuf,
     next_page: u64,
     events: VecDeque<Event>,
+    /// Requests on the control queue that may stay pending, and the answers that came meanwhile.
+    started: BTreeSet<u16>,
+    late: HashMap<u16, Answer>,
     setup: Setup,
 }
 
@@ -189,14 +194,50 @@ impl Guest {
         parse(self.raw(vq::SYNC, &[request], &[size_of_u32::<T>()]).written())
     }
 
-    /// One chain of these parts; it has to come back soon. Only for a queue with nothing pending.
+    /// One chain of these parts; it has to come back soon. Only for a queue with nothing pending but
+    /// what [`Guest::control_start`] began.
     #[track_caller]
     pub fn raw(&mut self, queue: u16, readable: &[&[u8]], writable: &[u32]) -> Answer {
         let ring = &mut self.rings[usize::from(queue)];
         let head = ring.submit(readable, writable).expect("a free descriptor");
-        let answer = ring.wait(SOON).expect("every chain comes back");
-        assert_eq!(answer.head, head, "some other chain came back");
-        answer
+        loop {
+            let answer = self.rings[usize::from(queue)].wait(SOON).expect("every chain comes back");
+            if answer.head == head {
+                return answer;
+            }
+            let late = queue == vq::CONTROL && self.started.remove(&answer.head);
+            assert!(late, "some other chain came back");
+            self.late.insert(answer.head, answer);
+        }
+    }
+
+    /// Starts a request on the control queue that may stay pending: MAP or UNMAP. Its head names it.
+    #[track_caller]
+    pub fn control_start<T>(&mut self, request: &[u8]) -> u16 {
+        let room = size_of_u32::<T>();
+        let head = self.control_ring().submit(&[request], &[room]).expect("a free descriptor");
+        self.started.insert(head);
+        head
+    }
+
+    /// The answer to a request that was started, if it comes in time.
+    #[track_caller]
+    pub fn control_late<T: FromBytes>(&mut self, head: u16, limit: Duration) -> Option<Reply<T>> {
+        while !self.late.contains_key(&head) {
+            let answer = self.control_ring().wait(limit)?;
+            assert!(self.started.remove(&answer.head), "some other chain came back");
+            self.late.insert(answer.head, answer);
+        }
+        Some(parse(self.late.remove(&head)?.written()))
+    }
+
+    /// Answers that came and were not asked for.
+    pub fn unclaimed(&mut self) -> usize {
+        while let Some(answer) = self.control_ring().wait(Duration::ZERO) {
+            assert!(self.started.remove(&answer.head), "some other chain came back");
+            self.late.insert(answer.head, answer);
+        }
+        self.late.len()
     }
 
     /// Starts a request on the sync queue that may stay pending; its head names it.
@@ -344,6 +385,8 @@ impl Guest {
         self.stopped = None;
         self.bases = [0; vq::COUNT];
         self.events.clear();
+        self.started.clear();
+        self.late.clear();
         for ring in &mut self.rings {
             ring.clear();
         }

@@ -9,7 +9,7 @@ use std::fs::File;
 use std::io::Write;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -92,12 +92,16 @@ struct State {
     sins: Vec<String>,
     stopped: Option<Instant>,
     frontend: Option<Frontend>,
+    /// Nothing is done before somebody lets it; what it was asked meanwhile.
+    holds: bool,
+    held: Option<Asked>,
 }
 
 /// A VMM that can map.
 #[derive(Clone)]
 pub struct Vmm {
     state: Arc<Mutex<State>>,
+    gate: Arc<Condvar>,
     memory: Arc<Memory>,
     size: u64,
 }
@@ -118,8 +122,11 @@ impl Vmm {
             sins: Vec::new(),
             stopped: Some(Instant::now()),
             frontend: Some(frontend),
+            holds: false,
+            held: None,
         };
-        let vmm = Vmm { state: Arc::new(Mutex::new(state)), memory, size };
+        let (state, gate) = (Arc::new(Mutex::new(state)), Arc::default());
+        let vmm = Vmm { state, gate, memory, size };
         let this = vmm.clone();
         thread::spawn(move || {
             while this.serve(&channel).is_some() {}
@@ -135,6 +142,17 @@ impl Vmm {
     /// Changes how it is.
     pub fn behave(&self, behaviour: Behaviour) {
         self.state().behaviour = behaviour;
+    }
+
+    /// It does nothing from now on, until it is let go.
+    pub fn hold(&self, holds: bool) {
+        self.state().holds = holds;
+        self.gate.notify_all();
+    }
+
+    /// What it was asked while it did nothing.
+    pub fn held(&self) -> Option<Asked> {
+        self.state().held
     }
 
     /// Everything it was asked so far.
@@ -210,6 +228,9 @@ impl Vmm {
         let mut state = self.state();
         state.frontend = None;
         state.shown.clear();
+        state.holds = false;
+        drop(state);
+        self.gate.notify_all();
     }
 
     fn serve(&self, mut channel: &UnixStream) -> Option<()> {
@@ -227,15 +248,23 @@ impl Vmm {
         let field =
             |at: usize| u64::from_le_bytes(body[at..at + 8].try_into().expect("eight bytes"));
         let (id, offset, at, len, flags) = (body[0], field(8), field(16), field(24), field(32));
+        let asked = Asked { map: request == SHMEM_MAP, at, len, writable: flags & 1 != 0 };
         let behaviour = {
             let mut state = self.state();
-            let asked = Asked { map: request == SHMEM_MAP, at, len, writable: flags & 1 != 0 };
             state.asked.push(asked);
             if state.stopped.is_some_and(|since| since.elapsed() > ON_ITS_WAY) {
                 state.sins.push(format!("{asked:?} while the device is stopped"));
             }
             if id != SHM_WINDOW {
                 state.sins.push(format!("{asked:?} of region {id}"));
+            }
+            if state.holds {
+                state.held = Some(asked);
+                let held = self.gate.wait_while(state, |state| state.holds);
+                state = held.unwrap_or_else(PoisonError::into_inner);
+                state.held = None;
+                // It went away meanwhile.
+                state.frontend.as_ref()?;
             }
             state.behaviour
         };
@@ -275,6 +304,9 @@ impl Vmm {
 
     fn map(&self, file: Option<File>, (offset, at, len): (u64, u64, u64)) -> bool {
         let mut state = self.state();
+        if state.frontend.is_none() {
+            return false;
+        }
         let overlaps = |(start, shown): (&u64, &Shown)| *start < at + len && at < start + shown.len;
         if at + len > self.size || state.shown.iter().any(overlaps) {
             state
@@ -300,6 +332,10 @@ impl Vmm {
 
     fn unmap(&self, at: u64, len: u64) -> bool {
         let mut state = self.state();
+        if state.frontend.is_none() {
+            // It went away, with all that it showed.
+            return true;
+        }
         if state.shown.get(&at).is_none_or(|shown| shown.len != len) {
             state
                 .sins
