@@ -57,7 +57,7 @@ const LONG: Duration = Duration::from_secs(10);
 const WINDOW_PAGES: u64 = 8;
 
 /// How long to wait for what has to come: not long once it is known that a script fails.
-static PATIENCE_MS: AtomicU64 = AtomicU64::new(5000);
+static PATIENCE_MS: AtomicU64 = AtomicU64::new(20_000);
 
 fn patience() -> Duration {
     Duration::from_millis(PATIENCE_MS.load(Ordering::Relaxed))
