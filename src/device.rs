@@ -20,7 +20,8 @@ use std::collections::HashMap;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, PoisonError, TryLockError};
+use std::time::Duration;
 
 use log::{error, warn};
 use vhost_user_backend::{VhostUserBackend, VringT};
@@ -97,6 +98,8 @@ pub struct Device {
     options: Options,
     features: AtomicU64,
     reset: AtomicBool,
+    /// The connection is over: nobody is left to be answered.
+    over: AtomicBool,
     map: RwLock<Arc<MemoryMap>>,
     /// The guest's memory as far as the worker may touch it.
     memory: Memory,
@@ -132,6 +135,7 @@ impl Device {
             options,
             features: AtomicU64::new(0),
             reset: AtomicBool::new(false),
+            over: AtomicBool::new(false),
             map: RwLock::default(),
             memory: memory.clone(),
             worker: Mutex::new(Worker {
@@ -147,6 +151,20 @@ impl Device {
             exit: Mutex::new(Some(exit)),
             throttle,
         })
+    }
+
+    /// The connection is over, its worker not yet: it may wait for a call that nobody reads any more.
+    pub fn hang_up(&self) {
+        self.over.store(true, Ordering::SeqCst);
+        while let Err(TryLockError::WouldBlock) = self.worker.try_lock() {
+            let vrings = lock(&self.vrings).clone();
+            vrings.iter().for_each(Vring::unblock);
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    fn is_over(&self) -> bool {
+        self.over.load(Ordering::SeqCst)
     }
 
     /// The connection is over and its threads have ended.
@@ -170,7 +188,7 @@ impl Device {
             self.reset_session(&mut worker);
         }
         self.vmm.set_ready(running);
-        if !running {
+        if !running || self.is_over() {
             return;
         }
         for queue in [vq::CONTROL, vq::EVENT, vq::SYNC] {
@@ -203,6 +221,9 @@ impl Device {
         loop {
             worker.rings.mute(vrings, queue);
             while let Some(chain) = worker.rings.take(vrings, queue) {
+                if self.is_over() {
+                    return;
+                }
                 self.answer(worker, vrings, queue, chain);
                 promised = false;
             }
@@ -295,6 +316,9 @@ impl Device {
         let wants = Wants { peers: has(feature::PEERS), import: has(feature::IMPORT) };
         let session = worker.session;
         while let Some(event) = self.hub.with(|r, _| r.next_event(session, wants)) {
+            if self.is_over() {
+                return;
+            }
             let Some(chain) = Self::event_buffer(worker, vrings) else { return };
             let fits = chain.sound && chain.slot.room >= u64::from(limits::EVENT_SIZE);
             let bytes = if fits { reply::event(&event).as_bytes().to_vec() } else { Vec::new() };

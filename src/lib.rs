@@ -26,4 +26,5 @@ pub mod sync;
 pub mod testcard;
 pub mod throttle;
 pub mod vmm;
+pub mod vring;
 pub mod window;

@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 use std::sync::RwLockWriteGuard;
 
 use log::debug;
-use vhost_user_backend::{VringRwLock, VringState, VringT};
+use vhost_user_backend::{VringState, VringT};
 use virtio_queue::{DescriptorChain, QueueT};
 use vm_memory::{
     Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryMmap,
@@ -21,8 +21,7 @@ const MAX_ANSWER: u64 = 256;
 
 /// Guest memory, replaced when the VMM shares another table.
 pub type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
-/// One ring.
-pub type Vring = VringRwLock<Memory>;
+pub use crate::vring::Vring;
 type Snapshot = <Memory as GuestAddressSpace>::T;
 
 /// Where the answer to a chain goes.
@@ -160,13 +159,13 @@ impl Rings {
                 debug!("chain {} of queue {queue} cannot be returned: {error}", slot.head);
             }
         }
-        match vring.get_queue_mut().needs_notification(&*memory) {
-            Ok(false) => {}
-            Ok(true) | Err(_) => {
-                if let Err(error) = vring.signal_used_queue() {
-                    debug!("queue {queue} cannot be signalled: {error}");
-                }
-            }
+        let needed = vring.get_queue_mut().needs_notification(&*memory);
+        // To raise it may take as long as the VMM likes.
+        drop(vring);
+        if !matches!(needed, Ok(false))
+            && let Some(Err(error)) = vrings.get(index).map(VringT::signal_used_queue)
+        {
+            debug!("queue {queue} cannot be signalled: {error}");
         }
     }
 }

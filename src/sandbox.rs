@@ -35,6 +35,7 @@ const CALLS: &[libc::c_long] = &[
     libc::SYS_write,
     libc::SYS_readv,
     libc::SYS_writev,
+    libc::SYS_preadv2,
     libc::SYS_pread64,
     libc::SYS_pwrite64,
     libc::SYS_close,

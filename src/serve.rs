@@ -85,6 +85,7 @@ fn serve(
             options.name
         ),
     }
+    device.hang_up();
     debug!("{}: threads end", options.name);
     Ok(())
 }

@@ -3,10 +3,10 @@
 //!
 //! It knows no sockets: `vmm` asks.
 
-use std::sync::PoisonError;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
-use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
 
 use super::{Hub, lock};
 use crate::dmabuf::{Backing, file_id};
@@ -23,8 +23,8 @@ pub(super) struct Channel {
     news: Mutex<u64>,
     bell: Condvar,
     threads: Mutex<usize>,
-    /// The guest's memory as it was shared last, and the files behind its regions.
-    echoes: Mutex<(GuestMemoryMmap, Vec<FileId>)>,
+    /// The regions of the guest's memory as it was shared last, and the files behind them.
+    echoes: Mutex<Vec<(FileId, Arc<GuestRegionMmap>)>>,
 }
 
 impl Hub {
@@ -89,8 +89,13 @@ impl Hub {
         };
         let unknown = (FileId { dev: 0, ino: 0 }, 0, 0);
         let regions: Vec<_> = memory.iter().map(|region| file(region).unwrap_or(unknown)).collect();
-        let files = regions.iter().map(|(file, _, _)| *file).collect();
-        let before = std::mem::replace(&mut *lock(&channel.echoes), (memory.clone(), files));
+        let whole = |region: &<GuestMemoryMmap as GuestMemoryBackend>::R| {
+            memory.remove_region(region.start_addr(), region.len()).ok()
+        };
+        let kept = memory.iter().zip(&regions);
+        let kept =
+            kept.filter_map(|(region, (file, ..))| Some((*file, whole(region)?.1))).collect();
+        let before = std::mem::replace(&mut *lock(&channel.echoes), kept);
         drop(before);
         self.with(|registry, _| registry.memory_changed(peer, &regions));
     }
@@ -102,19 +107,16 @@ impl Hub {
     }
 
     /// The daemon's own references to a backing through what VMMs echoed, which are kept as long as the
-    /// second value lives: for each region a descriptor and a mapping.
-    pub(super) fn echoes_of(&self, memory: &Backing) -> (u64, Vec<GuestMemoryMmap>) {
-        let mut count = 0;
+    /// second value lives: for each region a descriptor and a mapping. No other region is kept: who drops
+    /// the last of it closes a descriptor of the VMM's choice, which may take as long as that likes.
+    pub(super) fn echoes_of(&self, memory: &Backing) -> (u64, Vec<Arc<GuestRegionMmap>>) {
         let mut kept = Vec::new();
-        let Some(file) = memory.file_id() else { return (count, kept) };
+        let Some(file) = memory.file_id() else { return (0, kept) };
         for port in self.ports.values() {
             let echoes = lock(&port.channel.echoes);
-            let here = echoes.1.iter().filter(|other| **other == file).count();
-            if here > 0 {
-                count += 2 * here as u64;
-                kept.push(echoes.0.clone());
-            }
+            let here = echoes.iter().filter(|(other, _)| *other == file);
+            kept.extend(here.map(|(_, region)| region.clone()));
         }
-        (count, kept)
+        (2 * kept.len() as u64, kept)
     }
 }

@@ -8,6 +8,7 @@
 mod common;
 
 mod chains;
+mod fds;
 mod random;
 mod rings;
 mod sessions;

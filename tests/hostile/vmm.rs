@@ -74,7 +74,7 @@ fn start_rings(front: &mut Frontend, at: u64) -> Option<[EventFd; 3]> {
 
 /// Panics unless the daemon lives and serves VM "b", and "a" again.
 #[track_caller]
-fn assert_served(daemon: &mut Daemon) {
+pub fn assert_served(daemon: &mut Daemon) {
     std::thread::sleep(QUIET);
     assert_eq!(daemon.exited(), None, "the daemon is dead");
     for vm in ["b", "a"] {
