@@ -43,6 +43,9 @@ pub const VMM_REGIONS: usize = 8;
 /// How long a VMM may take to echo a mapping that it said yes to, before it is asked once more: a VMM that
 /// echoes does so within a millisecond.
 pub const ECHO_WAIT: Duration = Duration::from_millis(200);
+/// How long a VMM may take to answer the first request on its back channel: what knows no answers never
+/// will. Less than the 30 s for which a driver waits.
+pub const FIRST_ANSWER: Duration = Duration::from_secs(10);
 /// Threads of one VM that may be stuck because its VMM went away without closing its back channel.
 pub const MAX_CHANNELS: usize = 4;
 /// Bytes of the window, unless `--window-size` says otherwise.

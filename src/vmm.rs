@@ -9,6 +9,7 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::thread;
 use std::time::Instant;
 
@@ -17,10 +18,10 @@ use vhost::vhost_user::{Backend, Error, VhostUserFrontendReqHandler};
 
 use crate::hub::{Hub, Memory, lock};
 use crate::ids::{PeerId, WindowId, WindowRange};
-use crate::limits::GRANULE;
+use crate::limits::{FIRST_ANSWER, GRANULE};
 use crate::protocol::SHM_WINDOW;
 use crate::queue::{Rings, Vring};
-use crate::registry::{Answer, Shown};
+use crate::registry::{Answer, Registry, Shown};
 use crate::sync::{AtomicBool, Mutex};
 use crate::throttle::Throttle;
 use crate::throttled;
@@ -73,8 +74,10 @@ impl Vmm {
         VhostUserShMemConfig::new(u32::from(self.size > 0), &sizes)
     }
 
-    /// SET_BACKEND_REQ_FD.
+    /// SET_BACKEND_REQ_FD. Every request asks for an answer, whether the VMM accepted REPLY_ACK or not:
+    /// without one nobody knows what it shows.
     pub fn set_backend(self: &Arc<Vmm>, backend: Backend) {
+        backend.set_reply_ack_flag(true);
         lock(&self.channel).backend = Some(backend);
         self.start();
     }
@@ -124,8 +127,9 @@ impl Vmm {
         self.ready.load(Ordering::Acquire) && Rings::running(&lock(&self.vrings))
     }
 
-    fn run(&self, window: WindowId) {
+    fn run(self: &Arc<Vmm>, window: WindowId) {
         let mut seen = 0;
+        let mut first = true;
         while !self.closed.load(Ordering::Acquire) {
             let due = self.may_ask();
             let next = if due {
@@ -138,13 +142,38 @@ impl Vmm {
                 seen = self.hub.wait_for_bell(self.peer, seen, until.filter(|_| due));
                 continue;
             };
+            let answered = std::mem::take(&mut first).then(|| self.doubt(window));
             let answer = self.ask(&todo);
-            drop(todo);
+            drop((todo, answered));
             self.hub.with(|r, now| r.vmm_answered(self.peer, window, answer, now));
             if answer == Answer::Broken {
                 return;
             }
         }
+    }
+
+    /// Gives the window up unless the VMM answers its first request in time, which drops the sender: who
+    /// knows no answers never will, and a guest waits for them.
+    fn doubt(self: &Arc<Vmm>, window: WindowId) -> Sender<()> {
+        let (answered, never) = channel();
+        let this = self.clone();
+        let watch = move || {
+            let late = never.recv_timeout(FIRST_ANSWER) == Err(RecvTimeoutError::Timeout);
+            if late && !this.closed.load(Ordering::Acquire) {
+                let text =
+                    "no window: the VMM does not answer on its back channel; is REPLY_ACK on?";
+                throttled!(this.throttle, Warn, "{}: {text}", this.name);
+                let broken = |r: &mut Registry<Memory>, now| {
+                    r.vmm_answered(this.peer, window, Answer::Broken, now)
+                };
+                this.hub.with(broken);
+            }
+        };
+        if let Err(error) = thread::Builder::new().name(format!("vmm1-{}", self.name)).spawn(watch)
+        {
+            throttled!(self.throttle, Warn, "{}: a VMM that is silent: {error}", self.name);
+        }
+        answered
     }
 
     fn ask(&self, todo: &Todo<Shown<Memory>>) -> Answer {

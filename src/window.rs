@@ -270,6 +270,11 @@ impl<T: Clone> Window<T> {
         std::iter::once(Outcome::Stays { failed }).chain(gone).collect()
     }
 
+    /// Whether it [failed](Self::fail).
+    pub fn is_broken(&self) -> bool {
+        self.broken
+    }
+
     /// The VMM does not answer any more: nothing can be asked, and what it shows stays.
     pub fn fail(&mut self) -> Vec<Outcome<T>> {
         self.broken = true;

@@ -270,9 +270,11 @@ impl<H: Clone> Registry<H> {
         window.deadline().filter(|_| *now == id)
     }
 
-    /// The VMM answered.
+    /// The VMM answered. What comes after it was given up changes nothing: it may show it, or not.
     pub fn vmm_answered(&mut self, peer: PeerId, id: WindowId, answer: Answer, now: Duration) {
-        let Some(window) = self.window(peer, id) else { return };
+        let Some(window) = self.window(peer, id).filter(|window| !window.is_broken()) else {
+            return;
+        };
         let max = window.max();
         let outcomes = match answer {
             Answer::Mapped { place, done } => vec![window.mapped(place, done, now)],

@@ -671,3 +671,43 @@ fn channels_that_are_never_closed_are_bounded() {
     let handle = pair.attach(&buffer);
     pair.b.map(&at(handle, 0, PAGE)).expect("there is room for one again");
 }
+
+/// A pair whose importer's VMM did not accept REPLY_ACK.
+fn without_acks(behaviour: Behaviour) -> Pair {
+    let mut pair = windowed(behaviour);
+    let decline_protocol = vhost::vhost_user::message::VhostUserProtocolFeatures::REPLY_ACK;
+    drop(std::mem::replace(&mut pair.b, quiet().connect(&pair.daemon, "c")));
+    pair.b = Setup { vmm: Some(behaviour), decline_protocol, ..quiet() }.connect(&pair.daemon, "b");
+    settle(&mut pair.b);
+    pair
+}
+
+/// [dev-map-5] A VMM that did not accept REPLY_ACK is not believed before it has answered.
+#[test]
+fn a_vmm_without_acks_is_waited_for() {
+    for echo in [true, false] {
+        let delay = Duration::from_millis(300);
+        let mut pair = without_acks(Behaviour { echo, delay, ..Default::default() });
+        let buffer = pair.granted(1);
+        let Seen { mapping, at, .. } = pair.see(&buffer, READ_WRITE, 0);
+        assert_eq!(pair.b.window().shown(), [(at, buffer.size)]);
+        pair.b.unmap(mapping).expect("UNMAP");
+        assert_eq!(pair.b.window().shown(), []);
+    }
+}
+
+/// [dev-map-5] One that never answers is given up, and told.
+#[test]
+fn a_vmm_that_knows_no_acks_gets_no_window() {
+    let mut pair =
+        without_acks(Behaviour { manner: Manner::Mute, echo: false, ..Default::default() });
+    let buffer = pair.granted(1);
+    let handle = pair.attach(&buffer);
+    settle(&mut pair.b);
+    pair.b.map(&at(handle, 0, PAGE)).refused(Status::Io);
+    assert!(pair.daemon.log().contains("REPLY_ACK"), "{}", pair.daemon.log());
+    pair.b.expect_event(Opcode::EvtResync);
+    assert_eq!(pair.b.read_config().max_mappings.get(), 0);
+    pair.b.map(&at(handle, 0, PAGE)).refused(Status::Quota);
+    pair.a.query(buffer.handle).expect("the other VM");
+}
