@@ -24,6 +24,9 @@ pub const COPY_NAME: &str = "bufshare-copy";
 pub enum Share {
     /// A memfd that cannot shrink and can be written: udmabuf takes it.
     Sealed,
+    /// One of huge pages: udmabuf takes it, but the host's pool may be empty at the first touch. It
+    /// needs the operator's leave.
+    Huge,
     /// A file that its owner could truncate under us: copies only, where the operator allows it.
     Unsealed,
     /// Neither: a device's memory, a dma-buf mapped into the guest, a pipe.
@@ -44,12 +47,19 @@ impl Share {
         if seals.contains(SealFlags::SHRINK)
             && !seals.intersects(SealFlags::WRITE | SealFlags::FUTURE_WRITE)
         {
-            return Share::Sealed;
+            // Nothing else but hugetlbfs knows seals.
+            return if is_tmpfs(&file) { Share::Sealed } else { Share::Huge };
         }
         let regular =
             stat.is_some_and(|stat| rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file());
         if regular && !is_dma_buf(&file) { Share::Unsealed } else { Share::Not }
     }
+}
+
+/// Whether its pages are ordinary ones, which the kernel finds when they are touched.
+pub fn is_tmpfs(file: impl AsFd) -> bool {
+    const TMPFS_MAGIC: rustix::fs::FsWord = 0x0102_1994;
+    rustix::fs::fstatfs(&file).is_ok_and(|fs| fs.f_type == TMPFS_MAGIC)
 }
 
 /// Whether this is a dma-buf.
@@ -114,9 +124,9 @@ pub enum Refusal {
     /// Not in shareable guest memory.
     #[error("segment {0} is not shareable memory of the guest")]
     NotMemory(u32),
-    /// In memory that its owner could truncate.
+    /// In memory that its owner could truncate, or of huge pages.
     #[error(
-        "segment {0} lies in RAM without F_SEAL_SHRINK: use memory-backend-memfd,share=on, or allow copies with unsealed-ram"
+        "segment {0} lies in RAM without F_SEAL_SHRINK, or of huge pages: use memory-backend-memfd,share=on, or allow it with unsealed-ram"
     )]
     Unsealed(u32),
     /// Too many even when merged.
@@ -177,12 +187,12 @@ impl MemoryMap {
         Ok(MemoryMap::new(memory.iter().filter_map(region).collect()))
     }
 
-    /// The part of `memory` that may be touched: what its owner could truncate would end the process
-    /// by SIGBUS.
+    /// The part of `memory` that may be touched: what its owner could truncate, or huge pages that the
+    /// host does not have, would end the process by SIGBUS.
     pub fn touchable(&self, memory: &GuestMemoryMmap, allow_unsealed: bool) -> GuestMemoryMmap {
         let good = |start: u64| match self.region_at(start).map(|region| region.share) {
             Some(Share::Sealed) => true,
-            Some(Share::Unsealed) => allow_unsealed,
+            Some(Share::Unsealed | Share::Huge) => allow_unsealed,
             Some(Share::Not) | None => false,
         };
         let bad = memory.iter().filter(|region| !good(region.start_addr().raw_value()));
@@ -194,7 +204,7 @@ impl MemoryMap {
 
     /// The worst that any region allows, for a warning when a VM starts.
     pub fn has_unsealed(&self) -> bool {
-        self.regions.iter().any(|region| region.share == Share::Unsealed)
+        self.regions.iter().any(|region| matches!(region.share, Share::Unsealed | Share::Huge))
     }
 
     fn region_at(&self, addr: u64) -> Option<&Region> {
@@ -225,8 +235,9 @@ impl MemoryMap {
                 region = Some(here);
                 match here.share {
                     Share::Sealed => {}
+                    Share::Huge if allow_unsealed => {}
                     Share::Unsealed if allow_unsealed => sealed = false,
-                    Share::Unsealed => return Err(Refusal::Unsealed(index)),
+                    Share::Unsealed | Share::Huge => return Err(Refusal::Unsealed(index)),
                     Share::Not => return Err(Refusal::NotMemory(index)),
                 }
                 let into = addr.saturating_sub(here.start);

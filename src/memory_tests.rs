@@ -96,6 +96,24 @@ fn a_pipe_or_a_write_sealed_memfd_is_no_zero_copy_memory() {
     assert_eq!(Share::of(&*memfd(1, SealFlags::SHRINK | SealFlags::WRITE), 0), Share::Unsealed);
 }
 
+/// udmabuf takes huge pages, but whether there are any is another matter: the operator's.
+#[test]
+fn huge_pages_need_leave_and_may_be_shared() {
+    let huge = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | MemfdFlags::HUGETLB;
+    if let Ok(fd) = rustix::fs::memfd_create("t", huge) {
+        rustix::fs::ftruncate(&fd, 2 << 20).unwrap();
+        assert_eq!(Share::of(&fd, 0), Share::Unsealed);
+        rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK).unwrap();
+        assert_eq!(Share::of(&fd, 0), Share::Huge);
+    }
+    let ram = Region { share: Share::Huge, ..region(0, 4, &memfd(4, SealFlags::SHRINK), 0) };
+    let map = MemoryMap::new(vec![ram]);
+    assert!(map.has_unsealed());
+    assert_eq!(translate(&map, &[(0, 1)]), Err(Refusal::Unsealed(0)));
+    let (_, sealed) = map.translate(&pages(&[(0, 1)]), 8, true).unwrap();
+    assert!(sealed);
+}
+
 #[test]
 fn a_region_that_is_not_all_there_is_no_memory() {
     let ram = memfd(4, SealFlags::SHRINK);

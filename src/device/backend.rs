@@ -89,8 +89,8 @@ impl VhostUserBackend for Device {
             throttled!(
                 self.throttle,
                 Warn,
-                "{}: its RAM is not sealed against shrinking, so it is not used: start the VM with \
-                 `-object memory-backend-memfd,share=on`, or accept copies with the key unsealed-ram",
+                "{}: its RAM is not sealed against shrinking, or of huge pages, so it is not used: start \
+                 the VM with `-object memory-backend-memfd,share=on`, or trust it with the key unsealed-ram",
                 self.options.name
             );
         }

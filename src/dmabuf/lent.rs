@@ -15,7 +15,7 @@ use super::{Backing, DmaBufs, label};
 use crate::ids::Access;
 use crate::ioctl::{DmaBufSync, Mapping, dma_buf_sync};
 use crate::limits::COPY_STEP;
-use crate::memory::{FileSegment, is_dma_buf};
+use crate::memory::{FileSegment, is_dma_buf, is_tmpfs};
 
 /// Why the descriptor of a client is not taken in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -136,13 +136,12 @@ impl DmaBufs {
         access: Access,
         name: &str,
     ) -> Result<Backing, Unfit> {
-        const TMPFS_MAGIC: rustix::fs::FsWord = 0x0102_1994;
         if !seals.contains(SealFlags::SHRINK) {
             return Err(Unfit::Unsealed);
         }
         let stat = rustix::fs::fstat(fd).or(Err(Unfit::Kind))?;
         // Huge pages cannot be written by pwrite.
-        if !rustix::fs::fstatfs(fd).is_ok_and(|fs| fs.f_type == TMPFS_MAGIC) {
+        if !is_tmpfs(fd) {
             return Err(Unfit::Kind);
         }
         let sealed = seals.intersects(SealFlags::WRITE | SealFlags::FUTURE_WRITE);

@@ -118,6 +118,26 @@ fn unsealed_memory_is_never_touched_without_leave() {
     assert_served(&mut daemon);
 }
 
+/// Huge pages come from a pool that may be empty, whatever the seals: the first touch would be SIGBUS.
+#[test]
+fn huge_pages_are_never_touched_without_leave() {
+    let mut daemon = two_vms();
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | MemfdFlags::HUGETLB;
+    let Ok(file) = memfd_create("ram", flags).map(File::from) else {
+        skip("no huge pages in this kernel");
+        return;
+    };
+    file.set_len(2 << 20).expect("ftruncate");
+    fcntl_add_seals(&file, SealFlags::SHRINK).expect("seals");
+    let mut front = front(&daemon, "a");
+    if front.set_mem_table(&[region(&file, 0, 2 << 20)]).is_ok() {
+        start_rings(&mut front, 0x8_0000);
+    }
+    drop(front);
+    assert_served(&mut daemon);
+    assert!(daemon.log().contains("huge pages"), "{}", daemon.log());
+}
+
 #[test]
 fn more_memory_than_a_vm_has_is_refused() {
     let mut daemon = two_vms();
