@@ -61,18 +61,20 @@ vm() {
     local name=$1 kernel=$2 image=IMAGE_${2//./_} accel=tcg
     shift 2
     [ ! -w /dev/kvm ] || accel=kvm
-    rm -f "$S/$name".{in,out}
-    mkfifo "$S/$name.in" "$S/$name.out"
+    rm -f "$S/$name".{in,out,qmp.in,qmp.out}
+    mkfifo "$S/$name".{in,out,qmp.in,qmp.out}
     start "$name" qemu-system-x86_64 -accel $accel -cpu max -nodefaults -display none -no-reboot \
         -machine q35,memory-backend=ram -m 512M -object memory-backend-memfd,id=ram,size=512M,share=on \
         -chardev "socket,id=bufshare,path=$S/$name.sock" \
         -device vhost-user-test-device-pci,virtio-id=37,num_vqs=3,vq_size=256,config_size="${CONFIG_SIZE:-64}",chardev=bufshare \
         -serial "file:$OUT/$name.console" -chardev "pipe,id=cmd,path=$S/$name" -serial chardev:cmd \
+        -qmp "pipe:$S/$name.qmp" \
         -kernel "${!image}/vmlinux" -initrd "${!image}/initramfs" \
         -append "console=ttyS0 quiet loglevel=4 panic=-1 no_timer_check tsc=reliable ${APPEND:-}" "$@"
-    exec {IN}>"$S/$name.in" {OUTFD}<"$S/$name.out"
-    eval "IN_$name=$IN OUT_$name=$OUTFD"
-    in_guest "$name" 60 '' || { tail -n 20 "$OUT/$name.log" "$OUT/$name.console"; die "guest $name (Linux $kernel) does not come up"; }
+    exec {IN}>"$S/$name.in" {OUTFD}<"$S/$name.out" {QMP_IN}>"$S/$name.qmp.in" {QMP_OUT}<"$S/$name.qmp.out"
+    eval "IN_$name=$IN OUT_$name=$OUTFD QMP_IN_$name=$QMP_IN QMP_OUT_$name=$QMP_OUT"
+    qmp "$name" qmp_capabilities >/dev/null
+    in_guest "$name" 120 '' || { tail -n 20 "$OUT/$name.log" "$OUT/$name.console"; die "guest $name (Linux $kernel) does not come up"; }
 }
 
 # in_guest NAME SECONDS COMMAND: runs a line of shell in the guest; its output and status are the guest's.
@@ -89,6 +91,24 @@ in_guest() {
     return 124
 }
 guest() { in_guest "$1" 30 "$2"; }
+
+# said_by_qemu NAME SECONDS WHAT: the next line of a guest's QEMU that contains it; others go to $OUT/NAME.qmp.
+said_by_qemu() {
+    local out=QMP_OUT_$1 line
+    while IFS= read -r -t "$2" line <&"${!out}"; do
+        printf '%s\n' "$line" >>"$OUT/$1.qmp"
+        [[ $line != *"$3"* ]] || { printf '%s\n' "$line"; return; }
+    done
+    return 124
+}
+# qmp NAME COMMAND [ARGUMENTS]: asks a guest's QEMU, and prints its answer; the status is 0 if it did it.
+qmp() {
+    local in=QMP_IN_$1 answer arguments=${3:-}
+    printf '{"execute":"%s","arguments":{%s},"id":"answer"}\n' "$2" "$arguments" >&"${!in}"
+    answer=$(said_by_qemu "$1" 30 '"id": "answer"') || { echo "QEMU of $1 does not answer to $2"; return 124; }
+    printf '%s\n' "$answer"
+    [[ $answer == *'"return":'* ]]
+}
 
 # compositor WIDTH HEIGHT: weston without a screen, its one output filled by whatever window comes.
 compositor() {

@@ -70,13 +70,13 @@ prepare_end_to_end() {
     export BIN IMAGE_6_12 IMAGE_7_2
 }
 
-# end_to_end TEST OUT [OPTION OF uml...]: one test of the whole chain on a virtualisation host. FRAMES=10000 makes tests of two guests
-# longer.
+# end_to_end TEST OUT [OPTION OF uml...]: one test of the whole chain on a virtualisation host. FRAMES: see tests/vm/end-to-end.
 end_to_end() {
     local name=$1 out=$2
     shift 2
     # The frame that has to fit what a kernel allows that nobody has told otherwise.
     [ "$name" != large_frame ] || set -- --kernel-limits "$@"
+    set -- --timeout $((300 + ${FRAMES:-0} / 2)) "$@"
     rm -rf "$out"
     "$VM_DIR/uml" --real --out "$out" --share "$BIN" --share "$CACHE/images" "$@" \
         env "BIN=$BIN" "IMAGE_6_12=$IMAGE_6_12" "IMAGE_7_2=$IMAGE_7_2" ${FRAMES:+"FRAMES=$FRAMES"} "$VM_DIR/end-to-end" "$name"
