@@ -17,6 +17,7 @@
  * window    who has which part of the window
  * chardev   /dev/bufshareN
  * attach    its requests for importers
+ * point     its requests about timelines
  *
  * Locks, outermost first: bufshare_import.sync_lock, bufshare.users, bufshare.export_lock, dma_resv
  * locks and mmap_lock, bufshare_import.lock, bufshare_buffer.lock, the loan lock (a spinlock, in
@@ -84,6 +85,7 @@ enum bufshare_msg_state {
  * @ref: one for the waiter, one for the device from submission to the used ring
  * @node: in bufshare_queue.inflight
  * @done: completed when @state is neither new nor pending
+ * @then: runs at once when @done is completed, or NULL
  * @state: see enum bufshare_msg_state
  * @req: the request; contiguous in virtual memory only
  * @resp: the response, from kmalloc()
@@ -97,6 +99,7 @@ struct bufshare_msg {
 	struct kref ref;
 	struct list_head node;
 	struct completion done;
+	struct delayed_work *then;
 	enum bufshare_msg_state state;
 	void *req;
 	void *resp;
@@ -184,6 +187,7 @@ struct bufshare_window {
  *	between
  * @cookie: of the last sync request
  * @waits: sync requests that may stay pending
+ * @watches: how many of these are for eventfds
  * @files: open files, guarded by the loan lock
  * @imports: attachments that the device knows, guarded by the loan lock
  * @kept: imports whose memory the device may write until it is reset, guarded by the loan lock
@@ -211,6 +215,7 @@ struct bufshare {
 	struct mutex export_lock; /* from EXPORT or ATTACH to the entry of its handle */
 	atomic_t cookie;
 	atomic_t waits;
+	atomic_t watches;
 	struct list_head files;
 	struct list_head imports;
 	struct list_head kept;
@@ -254,6 +259,7 @@ struct bufshare_inbox {
  * @node: in bufshare.files
  * @loans: exports of this file
  * @imports: attachments of this file
+ * @watches: eventfds that wait for points, on behalf of this file
  * @news: inboxes with something to read
  * @peers: latest record of the peers that changed
  * @nr_peers: of @peers
@@ -270,6 +276,7 @@ struct bufshare_file {
 	struct list_head node;
 	struct list_head loans;
 	struct list_head imports;
+	struct list_head watches;
 	struct list_head news;
 	struct bufshare_event peers[BUFSHARE_FILE_PEERS];
 	unsigned int nr_peers;
@@ -465,6 +472,10 @@ int bufshare_req_query(struct bufshare *bs, u16 type, u64 handle,
 int bufshare_req_set_name(struct bufshare *bs, const struct bufshare_name *arg);
 int bufshare_req_peer(struct bufshare *bs, struct bufshare_peer *arg);
 int bufshare_req_sync(struct bufshare *bs, struct bufshare_sync *arg);
+int bufshare_req_cancel(struct bufshare *bs, u64 handle, u32 cookie);
+int bufshare_call_sync(struct bufshare *bs, struct bufshare_msg *msg, u64 handle, u64 timeout_ns);
+u32 bufshare_next_cookie(struct bufshare *bs);
+int bufshare_max_waits(struct bufshare *bs);
 struct bufshare_msg *bufshare_req(u16 type, u16 flags, u32 req_len, u32 resp_len);
 
 /* ask */
@@ -587,6 +598,13 @@ void bufshare_window_give(struct bufshare_window *window, u64 offset, u64 size);
 int bufshare_ioc_attach(struct bufshare_file *file, void __user *user,
 			struct bufshare_attach *arg);
 int bufshare_ioc_offer(struct bufshare_file *file, struct bufshare_offer *arg);
+
+/* point */
+int bufshare_ioc_point_signal(struct bufshare_file *file, struct bufshare_point_signal *arg);
+int bufshare_ioc_point_wait(struct bufshare_file *file, struct bufshare_point_wait *arg,
+			    bool nonblock);
+int bufshare_ioc_point_eventfd(struct bufshare_file *file, struct bufshare_point_eventfd *arg);
+void bufshare_points_close(struct bufshare_file *file);
 
 /* chardev */
 int bufshare_chardev_add(struct bufshare *bs);

@@ -36,6 +36,9 @@ union bufshare_arg {
 	struct bufshare_peer peer;
 	struct bufshare_attach attach;
 	struct bufshare_offer offer;
+	struct bufshare_point_signal signal;
+	struct bufshare_point_wait wait;
+	struct bufshare_point_eventfd eventfd;
 };
 
 /* Why nothing will ever come any more, or 0. */
@@ -440,6 +443,15 @@ static long bufshare_ioctl(struct file *filp, unsigned int cmd, unsigned long ad
 	case BUFSHARE_IOC_OFFER:
 		ret = bufshare_ioc_offer(file, &arg.offer);
 		break;
+	case BUFSHARE_IOC_POINT_SIGNAL:
+		ret = bufshare_ioc_point_signal(file, &arg.signal);
+		break;
+	case BUFSHARE_IOC_POINT_WAIT:
+		ret = bufshare_ioc_point_wait(file, &arg.wait, filp->f_flags & O_NONBLOCK);
+		break;
+	case BUFSHARE_IOC_POINT_EVENTFD:
+		ret = bufshare_ioc_point_eventfd(file, &arg.eventfd);
+		break;
 	default:
 		return -ENOTTY;
 	}
@@ -506,6 +518,7 @@ static int bufshare_open(struct inode *inode, struct file *filp)
 	}
 	INIT_LIST_HEAD(&file->loans);
 	INIT_LIST_HEAD(&file->imports);
+	INIT_LIST_HEAD(&file->watches);
 	INIT_LIST_HEAD(&file->news);
 	init_waitqueue_head(&file->wait);
 	bufshare_file_add(file);

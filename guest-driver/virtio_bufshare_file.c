@@ -171,6 +171,7 @@ void bufshare_file_close(struct bufshare_file *file)
 	bool alive, live;
 	u32 state;
 
+	bufshare_points_close(file);
 	bufshare_imports_close(file);
 	alive = !bufshare_enter(file->bs, file->session);
 	spin_lock(&bufshare_loan_lock);

@@ -76,14 +76,22 @@ static struct bufshare_import *bufshare_import_lookup(struct bufshare *bs, u32 s
  * @file: who asks; must have attached it
  * @handle: from ATTACH
  *
+ * One that is dead is found as well, as long as its dma-buf is there: its error says why.
+ *
  * Return: the import with a reference, or NULL.
  */
 struct bufshare_import *bufshare_import_find(struct bufshare_file *file, u64 handle)
 {
-	struct bufshare_import *import;
+	struct bufshare_import *import, *dead;
 
 	spin_lock(&bufshare_loan_lock);
 	import = bufshare_import_lookup(file->bs, file->session, handle);
+	if (!import) {
+		list_for_each_entry(dead, &file->imports, file_node) {
+			if (dead->handle == handle)
+				import = dead;
+		}
+	}
 	if (import && import->inbox.file != file)
 		import = NULL;
 	if (import)

@@ -94,6 +94,15 @@ static u16 bufshare_status(const struct bufshare_msg *msg)
 	return bufshare_sound(msg) ? le16_to_cpu(READ_ONCE(resp->status)) : VIRTIO_BUFSHARE_S_IO;
 }
 
+/* Under the queue's lock: who sees the state there knows that @then is not queued any more. */
+static void bufshare_msg_done(struct bufshare_msg *msg, enum bufshare_msg_state state)
+{
+	msg->state = state;
+	complete(&msg->done);
+	if (msg->then)
+		mod_delayed_work(bufshare_wq, msg->then, 0);
+}
+
 /**
  * bufshare_queue_done() - take what the device has answered
  * @queue: a queue of messages
@@ -116,8 +125,7 @@ void bufshare_queue_done(struct bufshare_queue *queue)
 				continue;
 			msg->used = used;
 			msg->status = bufshare_status(msg);
-			msg->state = BUFSHARE_MSG_ANSWERED;
-			complete(&msg->done);
+			bufshare_msg_done(msg, BUFSHARE_MSG_ANSWERED);
 		}
 	} while (!virtqueue_is_broken(queue->vq) && !virtqueue_enable_cb(queue->vq));
 	spin_unlock_irqrestore(&queue->lock, flags);
@@ -142,10 +150,8 @@ void bufshare_queue_abort(struct bufshare_queue *queue)
 
 	spin_lock_irqsave(&queue->lock, flags);
 	list_for_each_entry(msg, &queue->inflight, node) {
-		if (msg->state != BUFSHARE_MSG_PENDING)
-			continue;
-		msg->state = BUFSHARE_MSG_ABORTED;
-		complete(&msg->done);
+		if (msg->state == BUFSHARE_MSG_PENDING)
+			bufshare_msg_done(msg, BUFSHARE_MSG_ABORTED);
 	}
 	spin_unlock_irqrestore(&queue->lock, flags);
 	wake_up_all(&queue->space);

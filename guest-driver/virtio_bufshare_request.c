@@ -263,7 +263,15 @@ int bufshare_req_peer(struct bufshare *bs, struct bufshare_peer *arg)
 	return ret;
 }
 
-static int bufshare_req_cancel(struct bufshare *bs, u64 handle, u32 cookie)
+/**
+ * bufshare_req_cancel() - CANCEL
+ * @bs: the device
+ * @handle: that the canceled requests name
+ * @cookie: of one of them; 0: all
+ *
+ * Return: 0, -ENOENT if there is none, or another negative error.
+ */
+int bufshare_req_cancel(struct bufshare *bs, u64 handle, u32 cookie)
 {
 	struct virtio_bufshare_cancel *req;
 	struct bufshare_msg *msg;
@@ -303,7 +311,13 @@ static int bufshare_wait_sync(struct bufshare *bs, struct bufshare_msg *msg, u64
 	return bufshare_answer(bs, msg);
 }
 
-static u32 bufshare_next_cookie(struct bufshare *bs)
+/**
+ * bufshare_next_cookie() - a number for a sync request
+ * @bs: the device
+ *
+ * Return: it; not 0.
+ */
+u32 bufshare_next_cookie(struct bufshare *bs)
 {
 	u32 cookie;
 
@@ -313,13 +327,45 @@ static u32 bufshare_next_cookie(struct bufshare *bs)
 	return cookie;
 }
 
-/*
- * Requests that may stay pending must never fill the queue, or the END that they wait for finds no
- * room in it. Each takes two descriptors.
+/**
+ * bufshare_max_waits() - how many requests may stay pending
+ * @bs: the device
+ *
+ * They must never fill the queue, or the END that they wait for finds no room in it. Each takes two
+ * descriptors.
+ *
+ * Return: how many.
  */
-static int bufshare_max_waits(struct bufshare *bs)
+int bufshare_max_waits(struct bufshare *bs)
 {
 	return min_t(int, bs->config.max_waits, virtqueue_get_vring_size(bs->sync.vq) / 2 - 2);
+}
+
+/**
+ * bufshare_call_sync() - send a request on the sync queue and wait for its answer
+ * @bs: the device
+ * @msg: the message; keep your reference
+ * @handle: of the export or attachment that it names
+ * @timeout_ns: for so long it may stay pending; 0: it is answered at once
+ *
+ * Context: Process context, inside bufshare_enter().
+ * Return: as bufshare_call(); -EBUSY if too many are pending, -EINTR after a signal.
+ */
+int bufshare_call_sync(struct bufshare *bs, struct bufshare_msg *msg, u64 handle, u64 timeout_ns)
+{
+	unsigned long timeout = BUFSHARE_ANSWER_TIMEOUT + nsecs_to_jiffies(timeout_ns);
+	struct virtio_bufshare_req *hdr = msg->req;
+	u32 cookie = bufshare_next_cookie(bs);
+	int ret = -EBUSY;
+
+	hdr->cookie = cpu_to_le32(cookie);
+	if (!timeout_ns || atomic_inc_return(&bs->waits) <= bufshare_max_waits(bs))
+		ret = bufshare_submit(bs, &bs->sync, msg);
+	if (!ret)
+		ret = bufshare_wait_sync(bs, msg, handle, cookie, timeout);
+	if (timeout_ns)
+		atomic_dec(&bs->waits);
+	return ret;
 }
 
 /**
@@ -332,23 +378,11 @@ static int bufshare_max_waits(struct bufshare *bs)
 int bufshare_req_sync(struct bufshare *bs, struct bufshare_sync *arg)
 {
 	u64 timeout_ns = min_t(u64, arg->timeout_ns, (u64)bs->config.max_wait_ms * NSEC_PER_MSEC);
-	unsigned long timeout = BUFSHARE_ANSWER_TIMEOUT;
 	const struct virtio_bufshare_resp_sync *resp;
 	struct virtio_bufshare_sync *req;
 	struct bufshare_msg *msg;
-	u32 cookie;
-	bool waits;
 	u16 flags;
 	int ret;
-
-	waits = !(arg->flags & (BUFSHARE_SYNC_F_END | BUFSHARE_SYNC_F_NONBLOCK));
-	if (waits) {
-		timeout += nsecs_to_jiffies(timeout_ns);
-		if (atomic_inc_return(&bs->waits) > bufshare_max_waits(bs)) {
-			ret = -EBUSY;
-			goto out;
-		}
-	}
 
 	/* The flags of the two interfaces are the same bits. */
 	BUILD_BUG_ON(BUFSHARE_SYNC_F_END != VIRTIO_BUFSHARE_SYNC_F_END);
@@ -358,27 +392,20 @@ int bufshare_req_sync(struct bufshare *bs, struct bufshare_sync *arg)
 	flags = arg->flags;
 	if (flags & BUFSHARE_SYNC_F_END)
 		flags &= ~BUFSHARE_SYNC_F_NONBLOCK; /* was about the fences of this guest */
+	if (flags & (BUFSHARE_SYNC_F_END | BUFSHARE_SYNC_F_NONBLOCK))
+		timeout_ns = 0;
 	msg = bufshare_req(VIRTIO_BUFSHARE_SYNC, flags, sizeof(*req), sizeof(*resp));
-	if (!msg) {
-		ret = -ENOMEM;
-		goto out;
-	}
-	cookie = bufshare_next_cookie(bs);
+	if (!msg)
+		return -ENOMEM;
 	req = msg->req;
 	resp = msg->resp;
-	req->hdr.cookie = cpu_to_le32(cookie);
 	req->handle = cpu_to_le64(arg->handle);
 	req->offset = cpu_to_le64(arg->offset);
 	req->len = cpu_to_le64(arg->len);
 	req->timeout_ns = cpu_to_le64(timeout_ns);
-	ret = bufshare_submit(bs, &bs->sync, msg);
-	if (!ret)
-		ret = bufshare_wait_sync(bs, msg, arg->handle, cookie, timeout);
+	ret = bufshare_call_sync(bs, msg, arg->handle, timeout_ns);
 	if (!ret)
 		arg->generation = le64_to_cpu(resp->generation);
 	bufshare_msg_put(msg);
-out:
-	if (waits)
-		atomic_dec(&bs->waits);
 	return ret;
 }

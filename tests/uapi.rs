@@ -118,6 +118,9 @@ fn expected() -> Vec<(String, u64)> {
         metadata_type,
         reserved
     );
+    layout!("bufshare_point_signal", PointSignal, handle, point, timeline, error);
+    layout!("bufshare_point_wait", PointWait, handle, point, timeline, flags, timeout_ns, reached);
+    layout!("bufshare_point_eventfd", PointEventfd, handle, point, timeline, fd, flags, reserved);
     layout!(
         "bufshare_event",
         Event,
@@ -150,6 +153,9 @@ fn expected() -> Vec<(String, u64)> {
         IOC_PEER,
         IOC_ATTACH,
         IOC_OFFER,
+        IOC_POINT_SIGNAL,
+        IOC_POINT_WAIT,
+        IOC_POINT_EVENTFD,
         INFO_F_ALIVE,
         ACCESS_READ,
         ACCESS_WRITE,
@@ -161,6 +167,9 @@ fn expected() -> Vec<(String, u64)> {
         SYNC_F_END,
         SYNC_F_READ,
         SYNC_F_WRITE,
+        TIMELINE_ACQUIRE,
+        TIMELINE_RELEASE,
+        POINT_F_NONBLOCK,
         RELEASE_F_FORCE,
         STATE_RELEASED,
         PEER_F_ONLINE,

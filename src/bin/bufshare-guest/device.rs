@@ -87,6 +87,27 @@ pub enum Source<'a> {
     Part { pool: u64, offset: u64, size: u64 },
 }
 
+/// A point of a timeline of an export or attachment.
+#[derive(Debug, Clone, Copy)]
+pub struct Point {
+    pub handle: u64,
+    /// `uapi::TIMELINE_*`.
+    pub timeline: u32,
+    pub number: u64,
+}
+
+impl Point {
+    /// "Content `number` is ready."
+    pub fn ready(handle: u64, number: u64) -> Point {
+        Point { handle, timeline: uapi::TIMELINE_ACQUIRE, number }
+    }
+
+    /// "I am done with content `number`."
+    pub fn done(handle: u64, number: u64) -> Point {
+        Point { handle, timeline: uapi::TIMELINE_RELEASE, number }
+    }
+}
+
 /// A name as the ABI wants it: cut at 32 bytes, at the end of a character.
 fn name_bytes(name: &str) -> [u8; 32] {
     let mut end = name.len().min(32);
@@ -241,6 +262,35 @@ impl Device {
             metadata_type: arg.metadata_type,
             metadata,
         })
+    }
+
+    /// Says that a timeline reached a point, or with another `error` than 0 that it will not be what
+    /// was promised.
+    pub fn signal(&self, point: Point, error: u32) -> Result<()> {
+        let Point { handle, timeline, number } = point;
+        let mut arg = uapi::PointSignal { handle, point: number, timeline, error };
+        self.call("signal", uapi::IOC_POINT_SIGNAL, &mut arg)
+    }
+
+    /// What the timeline reached, when it has reached the point. No timeout: answered at once.
+    pub fn wait(&self, point: Point, timeout: Option<Duration>) -> Result<u64> {
+        let Point { handle, timeline, number } = point;
+        let flags = if timeout.is_none() { uapi::POINT_F_NONBLOCK } else { 0 };
+        let timeout_ns = u64::try_from(timeout.unwrap_or_default().as_nanos()).unwrap_or(u64::MAX);
+        let mut arg =
+            uapi::PointWait { handle, point: number, timeline, flags, timeout_ns, reached: 0 };
+        self.call("wait", uapi::IOC_POINT_WAIT, &mut arg)?;
+        Ok(arg.reached)
+    }
+
+    /// Lets the eventfd be told when the point is reached, or never will be.
+    pub fn watch(&self, point: Point, eventfd: &File) -> Result<()> {
+        use std::os::fd::AsRawFd;
+        let Point { handle, timeline, number } = point;
+        let fd = eventfd.as_raw_fd();
+        let mut arg =
+            uapi::PointEventfd { handle, point: number, timeline, fd, ..Default::default() };
+        self.call("watch", uapi::IOC_POINT_EVENTFD, &mut arg)
     }
 
     /// The next event; `None` where none comes in `timeout`, or ever without one.

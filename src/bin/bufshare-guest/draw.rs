@@ -64,7 +64,7 @@ pub struct Draw {
 }
 
 /// Metadata of an image of one linear plane.
-fn image(size: Extent, stride: u32) -> Image {
+pub fn image(size: Extent, stride: u32) -> Image {
     let mut planes = <[Plane; 4]>::default();
     planes[0].stride = stride.into();
     Image {

@@ -72,7 +72,11 @@ fn polled(dmabuf: &OwnedFd) -> Result<PollFlags, Failure> {
 }
 
 /// What was seen, against what must be.
-fn expect<T: PartialEq + std::fmt::Debug>(what: &str, seen: T, right: T) -> Result<(), Failure> {
+pub fn expect<T: PartialEq + std::fmt::Debug>(
+    what: &str,
+    seen: T,
+    right: T,
+) -> Result<(), Failure> {
     if seen == right {
         return Ok(());
     }

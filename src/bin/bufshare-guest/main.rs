@@ -10,8 +10,10 @@ mod follow;
 mod import;
 mod latency;
 mod picture;
+mod points;
 mod relay;
 mod stress;
+mod swapchain;
 mod uapi;
 
 use std::io::{self, Write};
@@ -49,6 +51,12 @@ enum Command {
     Stress(stress::Stress),
     /// Check that an access ends only when this guest's own devices are done. Needs sw_sync.
     Fences(fences::Fences),
+    /// Check that points of timelines are told as the interface says.
+    Points(points::Points),
+    /// Draw frames into a pool of images, paced by points of timelines.
+    Produce(swapchain::Produce),
+    /// See the frames of another peer's `produce`, each of them.
+    Consume(swapchain::Consume),
     /// Show the device and its limits.
     Info,
     /// List who can be granted a buffer.
@@ -266,6 +274,9 @@ fn run(args: &Args) -> Result<(), Failure> {
         Command::Import(import) => import.run(&open()?),
         Command::Relay(relay) => relay.run(&open()?),
         Command::Fences(fences) => fences.run(&open()?),
+        Command::Points(points) => points.run(&open()?, &args.device),
+        Command::Produce(produce) => produce.run(&open()?),
+        Command::Consume(consume) => consume.run(&open()?),
         Command::Info => info(&open()?),
         Command::Peers => peers(&open()?),
         Command::Offers => offers(&open()?),

@@ -147,6 +147,29 @@ uapi! {
     }
 }
 uapi! {
+    PointSignal [24] { handle: u64, point: u64, timeline: u32, error: u32, }
+}
+uapi! {
+    PointWait [40] {
+        handle: u64,
+        point: u64,
+        timeline: u32,
+        flags: u32,
+        timeout_ns: u64,
+        reached: u64,
+    }
+}
+uapi! {
+    PointEventfd [32] {
+        handle: u64,
+        point: u64,
+        timeline: u32,
+        fd: i32,
+        flags: u32,
+        reserved: u32,
+    }
+}
+uapi! {
     Event [64] {
         kind: u16,
         flags: u16,
@@ -173,6 +196,9 @@ pub const IOC_RELEASE: u32 = iowr(0xbd, 0x07, size_of::<Release>());
 pub const IOC_PEER: u32 = iowr(0xbd, 0x08, size_of::<Peer>());
 pub const IOC_ATTACH: u32 = iowr(0xbd, 0x09, size_of::<Attach>());
 pub const IOC_OFFER: u32 = iowr(0xbd, 0x0a, size_of::<Offer>());
+pub const IOC_POINT_SIGNAL: u32 = iow(0xbd, 0x0b, size_of::<PointSignal>());
+pub const IOC_POINT_WAIT: u32 = iowr(0xbd, 0x0c, size_of::<PointWait>());
+pub const IOC_POINT_EVENTFD: u32 = iow(0xbd, 0x0d, size_of::<PointEventfd>());
 
 pub const INFO_F_ALIVE: u32 = 1 << 0;
 pub const ACCESS_READ: u32 = 1 << 0;
@@ -186,6 +212,9 @@ pub const SYNC_F_END: u32 = 1 << 0;
 pub const SYNC_F_READ: u32 = 1 << 1;
 pub const SYNC_F_WRITE: u32 = 1 << 2;
 pub const SYNC_F_NONBLOCK: u32 = 1 << 3;
+pub const TIMELINE_ACQUIRE: u32 = 0;
+pub const TIMELINE_RELEASE: u32 = 1;
+pub const POINT_F_NONBLOCK: u32 = 1 << 0;
 pub const RELEASE_F_FORCE: u32 = 1 << 0;
 pub const STATE_RELEASED: u32 = 4;
 pub const PEER_F_ONLINE: u32 = 1 << 0;

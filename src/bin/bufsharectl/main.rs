@@ -7,6 +7,7 @@
 
 mod dump;
 mod export;
+mod point;
 mod processes;
 mod show;
 mod top;
@@ -71,6 +72,8 @@ enum Command {
     },
     /// Lend the content of a file to VMs, until interrupted.
     Export(export::Wish),
+    /// Wait until a content of a buffer is ready (its ACQUIRE timeline reached a point), or say so.
+    Point(point::Wish),
     /// Show the daemon's counters.
     Stats,
     /// Show all buffers of all VMs and how they are used, again and again.
@@ -148,6 +151,7 @@ fn run(args: &Args) -> Result<(), Failure> {
     let mut client = Client::connect(&args.host_socket, "bufsharectl")?;
     match &args.command {
         Command::Export(wish) => export::run(&mut client, wish, args.json),
+        Command::Point(wish) => print(&wish.run(&mut client, args.json)?).map(drop),
         Command::List => print(&show::list(&mut client, args.json)?).map(drop),
         Command::Info { buffer } => {
             let told = inspect(&mut client, buffer)?;

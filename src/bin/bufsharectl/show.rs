@@ -154,6 +154,14 @@ pub fn event(event: &Event, as_json: bool) -> String {
     if as_json { format!("{value}\n") } else { format!("{text}\n") }
 }
 
+/// What a timeline reached.
+pub fn reached(reached: u64, as_json: bool) -> String {
+    if as_json {
+        return document(&json!({ "reached": reached }));
+    }
+    format!("reached {reached}\n")
+}
+
 /// What `dump` did.
 pub fn dumped(picture: &Picture, path: &Path, as_json: bool) -> String {
     let Picture { image, generation, mode, .. } = picture;

@@ -42,8 +42,8 @@
  * @max_total_size: bytes exported at once
  * @max_exports: exports at once
  * @max_metadata: bytes
- * @max_wait_ms: upper bound of a wait in BUFSHARE_IOC_SYNC
- * @max_waits: waits at once
+ * @max_wait_ms: upper bound of a wait in BUFSHARE_IOC_SYNC and BUFSHARE_IOC_POINT_WAIT
+ * @max_waits: waits at once, in BUFSHARE_IOC_SYNC and for points
  * @features: the negotiated feature bits of the device
  * @quarantined: exports of this module whose memory is not back yet and that no open file owns
  * @max_attachments: buffers of others at once; 0: none can be attached
@@ -344,6 +344,81 @@ struct bufshare_offer {
 	__u64 reserved;
 };
 
+#define BUFSHARE_TIMELINE_ACQUIRE 0u /* "content N is ready": one of each buffer */
+#define BUFSHARE_TIMELINE_RELEASE 1u /* "I am done with N": one of each attachment and host lease */
+
+/**
+ * struct bufshare_point_signal - BUFSHARE_IOC_POINT_SIGNAL: a timeline reaches a point
+ * @handle: of the export or attachment
+ * @point: more than what the timeline reached, else EINVAL
+ * @timeline: BUFSHARE_TIMELINE_*: ACQUIRE needs BUFSHARE_ACCESS_WRITE, and RELEASE an attachment
+ * @error: 0, or an enum virtio_bufshare_status, whose errno those get who wait for this very point;
+ *	not BUSY, TIMEDOUT or AGAIN: these mean to those who wait that it is not reached
+ *
+ * Timelines order those who use a buffer by numbers that only grow, as those of a drm_syncobj do.
+ * They are user space's: nobody knows what a point means, and neither a fence nor BUFSHARE_IOC_SYNC
+ * waits for one. Nor does a point move bytes or wait for devices of this guest: BUFSHARE_IOC_SYNC
+ * does, with END before "ready" and BEGIN after it.
+ *
+ * Without VIRTIO_BUFSHARE_F_TIMELINE in bufshare_info.features EOPNOTSUPP.
+ */
+struct bufshare_point_signal {
+	__u64 handle;
+	__u64 point;
+	__u32 timeline;
+	__u32 error;
+};
+
+#define BUFSHARE_POINT_F_NONBLOCK (1u << 0) /* EAGAIN instead of waiting; so does O_NONBLOCK */
+
+/**
+ * struct bufshare_point_wait - BUFSHARE_IOC_POINT_WAIT: until a timeline reaches a point
+ * @handle: of the export or attachment
+ * @point: 0 is reached from the start, so that waiting for it tells @reached
+ * @timeline: BUFSHARE_TIMELINE_*; RELEASE of an export: until all who use it now reached the point
+ *	or are gone; of an attachment: its own
+ * @flags: BUFSHARE_POINT_F_*
+ * @timeout_ns: relative; longer ones are cut to max_wait_ms; then ETIMEDOUT
+ * @reached: out: what the timeline reached; RELEASE of an export: the least of all who use it,
+ *	~0 where nobody does
+ *
+ * Who waits may come before who signals, as with DRM_SYNCOBJ_WAIT_FLAGS_WAIT_FOR_SUBMIT. If the point
+ * was signalled with an error, the wait fails with it, unless a later point is reached before it
+ * is asked for. A signal ends a wait with EINTR, RELEASE those for an export with ECANCELED, and
+ * EOWNERDEAD says that the attachment is revoked. EBUSY: max_waits are pending.
+ */
+struct bufshare_point_wait {
+	__u64 handle;
+	__u64 point;
+	__u32 timeline;
+	__u32 flags;
+	__u64 timeout_ns;
+	__u64 reached;
+};
+
+/**
+ * struct bufshare_point_eventfd - BUFSHARE_IOC_POINT_EVENTFD: an eventfd waits for a point
+ * @handle: of the export or attachment
+ * @point: as in BUFSHARE_IOC_POINT_WAIT, as @timeline
+ * @timeline: BUFSHARE_TIMELINE_*
+ * @fd: the eventfd; may be closed afterwards
+ * @flags: 0
+ * @reserved: 0
+ *
+ * 1 is added to the eventfd once, without a timeout: when the point is reached, or at once if it is,
+ * or when it will not be: signalled with an error, revoked, released, this file closed, or the
+ * device gone. BUFSHARE_IOC_POINT_WAIT with BUFSHARE_POINT_F_NONBLOCK then tells which it was.
+ * At most half of max_waits are for eventfds, for all files together, else EBUSY.
+ */
+struct bufshare_point_eventfd {
+	__u64 handle;
+	__u64 point;
+	__u32 timeline;
+	__s32 fd;
+	__u32 flags;
+	__u32 reserved;
+};
+
 #define BUFSHARE_IOC_MAGIC 0xbd
 #define BUFSHARE_IOC_INFO _IOR(BUFSHARE_IOC_MAGIC, 0x00, struct bufshare_info)
 #define BUFSHARE_IOC_ALLOC _IOWR(BUFSHARE_IOC_MAGIC, 0x01, struct bufshare_alloc)
@@ -356,6 +431,9 @@ struct bufshare_offer {
 #define BUFSHARE_IOC_PEER _IOWR(BUFSHARE_IOC_MAGIC, 0x08, struct bufshare_peer)
 #define BUFSHARE_IOC_ATTACH _IOWR(BUFSHARE_IOC_MAGIC, 0x09, struct bufshare_attach)
 #define BUFSHARE_IOC_OFFER _IOWR(BUFSHARE_IOC_MAGIC, 0x0a, struct bufshare_offer)
+#define BUFSHARE_IOC_POINT_SIGNAL _IOW(BUFSHARE_IOC_MAGIC, 0x0b, struct bufshare_point_signal)
+#define BUFSHARE_IOC_POINT_WAIT _IOWR(BUFSHARE_IOC_MAGIC, 0x0c, struct bufshare_point_wait)
+#define BUFSHARE_IOC_POINT_EVENTFD _IOW(BUFSHARE_IOC_MAGIC, 0x0d, struct bufshare_point_eventfd)
 
 #define BUFSHARE_EVENT_RELEASED 0x1000u /* the memory is back: the last event of a handle */
 #define BUFSHARE_EVENT_IDLE 0x1001u /* nobody uses it any more; still exported */
