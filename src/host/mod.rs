@@ -2,7 +2,8 @@
 //! buffers to VMs (`spec/host-socket.md`).
 //!
 //! Both sides: `wire` holds the bytes, `packet` moves them, `image` reads what exporters say of their
-//! pictures. Programs: `client` (`channel`, `lend`, `values`, `holders` and `error` are its parts).
+//! pictures. Programs: `client` (`channel`, `lend`, `values`, `holders` and `error` are its parts), `turns` and
+//! `syncobj` for those that use timelines.
 //! Daemon: `listener` admits, `server` is the thread (`jobs` beside it), `conn` one connection, `request`
 //! one request (`export`, `inspect` and `lists` are its parts), `watch` what is still to be told.
 
@@ -22,6 +23,8 @@ mod lists;
 pub mod packet;
 mod request;
 pub mod server;
+pub mod syncobj;
+pub mod turns;
 pub mod values;
 mod watch;
 pub mod wire;

@@ -9,6 +9,7 @@ mod events;
 mod holders;
 mod lend;
 mod programs;
+mod timelines;
 
 use std::fs::File;
 use std::os::fd::AsFd;
