@@ -78,7 +78,8 @@ impl Turns {
     /// Hands back what was expected as `point` or before.
     pub fn hand_back(&mut self, client: &mut Client, point: u64) -> Result<()> {
         let mut done = None;
-        while let Some((_, content)) = self.uses.front().filter(|(expected, _)| *expected <= point) {
+        while let Some((_, content)) = self.uses.front().filter(|(expected, _)| *expected <= point)
+        {
             done = Some(*content);
             self.uses.pop_front();
         }

@@ -5,6 +5,7 @@
 mod common;
 mod desk;
 mod dma_bufs;
+mod drm;
 mod events;
 mod holders;
 mod lend;

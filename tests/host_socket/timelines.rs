@@ -1,31 +1,32 @@
-//! Programs that take turns with an exporter by timelines: through the library alone, through the kernel's own
-//! timelines (drm_syncobj; that takes a host with a driver that has them), and on the screen of a compositor.
+//! Programs that take turns with an exporter by timelines, on the screen of a compositor, too.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::io::{BufRead, BufReader};
+use std::os::unix::fs::PermissionsExt;
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
 use bufshare::host::client::Client;
-use bufshare::host::syncobj::{Bridge, Error, Node, Timeline};
 use bufshare::host::turns::Turns;
-use bufshare::protocol::{Line, RespPoint, Status};
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use bufshare::protocol::{Image, Line, RespPoint, metadata};
 use uuid::Uuid;
+use zerocopy::IntoBytes;
 
-use crate::common::{Daemon, Export, Grant, Guest, PAGE, Point, skip, wait_for};
+use crate::common::{Daemon, Export, Grant, Guest, PAGE, Point, name, skip, wait_for};
 use crate::desk::READ;
 
-const SOON: Duration = Duration::from_secs(10);
+pub const SOON: Duration = Duration::from_secs(10);
 
-struct Bed {
+pub struct Bed {
     _daemon: Daemon,
-    guest: Guest,
-    client: Client,
-    handle: u64,
-    lease: u64,
+    pub guest: Guest,
+    pub client: Client,
+    pub handle: u64,
+    pub lease: u64,
 }
 
 /// A guest exports, a program has a lease.
-fn bed() -> Bed {
+pub fn bed() -> Bed {
     let daemon = Daemon::start(&["a"]);
     let mut guest = Guest::connect(&daemon, "a");
     let segments = vec![(guest.pages(1), PAGE)];
@@ -38,25 +39,20 @@ fn bed() -> Bed {
 }
 
 impl Bed {
-    fn content(&mut self, point: u64) {
+    pub fn content(&mut self, point: u64) {
         self.guest.signal(Point::new(self.handle, Line::Acquire, point)).expect("POINT_SIGNAL");
     }
 
     /// The exporter waits until it may draw over this content.
-    fn wants_back(&mut self, point: u64) {
+    pub fn wants_back(&mut self, point: u64) {
         let point = Point::new(self.handle, Line::Release, point);
         self.guest.start_wait(Point { timeout_ns: 10_000_000_000, ..point });
     }
 
-    fn has_back(&mut self) -> bool {
+    pub fn has_back(&mut self) -> bool {
         let limit = Duration::from_millis(100);
         self.guest.sync_next::<RespPoint>(limit).map(|(_, reply)| reply.expect("OK")).is_some()
     }
-}
-
-fn readable(fd: &impl AsFd, limit: Duration) -> bool {
-    let limit = Timespec { tv_sec: limit.as_secs() as i64, tv_nsec: limit.subsec_nanos().into() };
-    poll(&mut [PollFd::new(fd, PollFlags::IN)], Some(&limit)).unwrap() == 1
 }
 
 #[test]
@@ -85,95 +81,128 @@ fn an_exporter_and_a_program_take_turns() {
     turns.hand_back(&mut bed.client, u64::MAX).unwrap();
 }
 
-/// A bridge, and what a compositor has of it.
-struct Bridged {
-    bed: Bed,
-    bridge: Bridge,
-    acquire: Timeline,
-    release: Timeline,
-    drawn: OwnedFd,
+const WIDTH: u32 = 64;
+const HEIGHT: u32 = 32;
+const IMAGES: u64 = 3;
+
+/// A process that does not outlive the test.
+struct Process(Child);
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
 
-fn bridged() -> Option<Bridged> {
-    let Some(node) = Node::find() else {
-        skip("no render node with timelines (DRM_CAP_SYNCOBJ_TIMELINE) on this host");
+pub struct Swapchain {
+    // Dropped in this order: the daemon outlives its clients.
+    present: Process,
+    lines: Receiver<String>,
+    _compositor: Process,
+    _dir: tempfile::TempDir,
+    guest: Guest,
+    images: Vec<(u64, u64)>,
+    _daemon: Daemon,
+}
+
+/// A guest exports images, and a program shows them in turn in this compositor.
+pub fn swapchain(compositor: &[&str], options: &[&str]) -> Option<Swapchain> {
+    let private = PermissionsExt::from_mode(0o700);
+    let dir = tempfile::Builder::new().permissions(private).tempdir().unwrap();
+    let mut command = Command::new(compositor[0]);
+    command.args(&compositor[1..]).env("XDG_RUNTIME_DIR", dir.path()).env("KWIN_COMPOSE", "O2ES");
+    command.env("QT_QPA_PLATFORM", "offscreen").stdout(Stdio::null()).stderr(Stdio::null());
+    let Ok(child) = command.spawn() else {
+        skip(&format!("no {} on this host", compositor[0]));
         return None;
     };
-    let bed = bed();
-    let bridge = Bridge::new(&node, bed.lease).unwrap();
-    // As another process that has opened the device for itself.
-    let other = Node::find().unwrap();
-    let import = |line: &Timeline| Timeline::of(&other, line.share().unwrap().as_fd()).unwrap();
-    let (acquire, release) = (import(bridge.acquire()), import(bridge.release()));
-    let drawn = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
-    Some(Bridged { bed, bridge, acquire, release, drawn })
-}
-
-impl Bridged {
-    fn pass_on(&mut self) -> Result<Option<u64>, Error> {
-        self.bed.client.dispatch().unwrap();
-        self.bridge.pass_on(&mut self.bed.client)
-    }
-}
-
-#[test]
-fn points_cross_the_bridge_to_the_kernel_and_back() {
-    let Some(mut it) = bridged() else { return };
-    for (content, expected) in [(1, 1), (5, 2), (6, 6)] {
-        let point = it.bridge.expect(&mut it.bed.client).unwrap();
-        assert_eq!(point, expected);
-        // The consumer waits before the exporter signals.
-        it.acquire.tell(point, &it.drawn).unwrap();
-        assert_eq!(it.pass_on().unwrap(), None);
-        assert!(!readable(&it.drawn, Duration::from_millis(50)));
-        it.bed.content(content);
-        it.bed.wants_back(content);
-        assert!(wait_for(SOON, || it.pass_on().unwrap() == Some(content)));
-        assert!(readable(&it.drawn, SOON) && it.acquire.reached().unwrap() == content);
-        rustix::io::read(&it.drawn, &mut [0; 8]).unwrap();
-        assert!(!it.bed.has_back() && !readable(&it.bridge, Duration::ZERO));
-        it.release.signal(point).unwrap();
-        assert!(readable(&it.bridge, SOON));
-        assert_eq!(it.pass_on().unwrap(), None);
-        assert!(it.bed.has_back());
-    }
-}
-
-#[test]
-fn nobody_waits_in_the_kernel_for_what_will_not_come() {
-    for revoked in [false, true] {
-        let Some(mut it) = bridged() else { return };
-        let point = it.bridge.expect(&mut it.bed.client).unwrap();
-        it.acquire.tell(point, &it.drawn).unwrap();
-        let status = if revoked {
-            it.bed.guest.release_force(it.bed.handle).expect("RELEASE");
-            Status::Revoked
-        } else {
-            let error = Status::Io.to_wire().into();
-            let broken = Point { error, ..Point::new(it.bed.handle, Line::Acquire, point) };
-            it.bed.guest.signal(broken).expect("POINT_SIGNAL");
-            Status::Io
+    let compositor = Process(child);
+    let daemon = Daemon::start(&["a"]);
+    let mut guest = Guest::connect(&daemon, "a");
+    let mut image = Image {
+        fourcc: u32::from_le_bytes(*b"XR24").into(),
+        nr_planes: 1.into(),
+        width: WIDTH.into(),
+        height: HEIGHT.into(),
+        ..Default::default()
+    };
+    image.planes[0].stride = (WIDTH * 4).into();
+    let images = (0..IMAGES).map(|number| {
+        let addr = guest.pages(2);
+        let request = Export {
+            segments: vec![(addr, 2 * PAGE)],
+            metadata_type: metadata::IMAGE,
+            metadata: image.as_bytes().to_vec(),
+            name: name(&format!("image{number}")),
+            ..Default::default()
         };
-        let mut end = None;
-        assert!(wait_for(SOON, || {
-            end = it.pass_on().err();
-            end.is_some()
-        }));
-        let end = end.unwrap();
-        assert!(matches!(&end, Error::Client(error) if error.status() == Some(status)), "{end:?}");
-        assert!(readable(&it.drawn, SOON));
+        let handle = guest.export(request).expect("EXPORT").handle.get();
+        guest.grant(Grant { handle, access: READ, ..Default::default() }).expect("GRANT");
+        (handle, addr)
+    });
+    let images: Vec<_> = images.collect();
+    let minute = Duration::from_secs(60);
+    assert!(wait_for(minute, || dir.path().join("wl-0").exists()), "the compositor comes up");
+    let mut present = Command::new(env!("CARGO_BIN_EXE_bufshare-present"));
+    present.arg("--host-socket").arg(daemon.host_socket()).args(options);
+    present.args((0..IMAGES).map(|number| format!("image{number}"))).stdout(Stdio::piped());
+    present.env("XDG_RUNTIME_DIR", dir.path()).env("WAYLAND_DISPLAY", "wl-0");
+    let mut present = Process(present.spawn().unwrap());
+    let output = BufReader::new(present.0.stdout.take().unwrap());
+    let (sender, lines) = channel();
+    std::thread::spawn(move || {
+        output.lines().map_while(Result::ok).all(|line| sender.send(line).is_ok())
+    });
+    let (_compositor, _dir, _daemon) = (compositor, dir, daemon);
+    Some(Swapchain { present, lines, _compositor, _dir, guest, images, _daemon })
+}
+
+impl Swapchain {
+    fn line(&mut self) -> String {
+        self.lines.recv_timeout(Duration::from_secs(60)).expect("a line")
+    }
+
+    /// As many contents, each drawn when the image is back; the program shows every one, in order.
+    pub fn run(mut self, contents: u64, sync: &str) {
+        for _ in 0..IMAGES {
+            assert!(self.line().starts_with("presenting"));
+        }
+        assert_eq!(self.line(), format!("sync {sync}"));
+        for content in 1..=contents {
+            let number = (content - 1) % IMAGES;
+            let (handle, addr) = self.images[number as usize];
+            if let Some(before @ 1..) = content.checked_sub(IMAGES) {
+                let point = Point::new(handle, Line::Release, before);
+                let back = Point { timeout_ns: 10_000_000_000, ..point };
+                assert_eq!(self.guest.wait_point(back), Ok(before), "it comes back as itself");
+            }
+            let colour = (content as u32).wrapping_mul(0x0001_0203).to_le_bytes();
+            self.guest.memory.write(addr, &colour.repeat((WIDTH * HEIGHT) as usize));
+            self.guest.signal(Point::new(handle, Line::Acquire, content)).expect("POINT_SIGNAL");
+            // On a busy machine a frame may take so long that the program does not wait for it.
+            let line = self.line().replace("unseen", "shown");
+            assert_eq!(line, format!("shown \"image{number}\" point {content}"));
+        }
+        let [(first, _), ..] = self.images[..] else { unreachable!() };
+        self.guest.release(first).expect("RELEASE");
+        assert_eq!(self.line(), "ended: withdrawn");
+        assert!(self.present.0.wait().unwrap().success());
     }
 }
 
-/// A consumer that is done before it was ready has skipped it.
+const WESTON: [&str; 6] = [
+    "weston",
+    "--backend=headless",
+    "--renderer=gl",
+    "--socket=wl-0",
+    "--no-config",
+    "--idle-time=0",
+];
+
 #[test]
-fn a_skipped_content_is_handed_back_as_soon_as_it_is_ready() {
-    let Some(mut it) = bridged() else { return };
-    let point = it.bridge.expect(&mut it.bed.client).unwrap();
-    it.release.signal(point).unwrap();
-    assert_eq!(it.pass_on().unwrap(), None);
-    it.bed.content(3);
-    it.bed.wants_back(3);
-    assert!(wait_for(SOON, || it.pass_on().unwrap() == Some(3)));
-    assert!(it.bed.has_back());
+fn a_swapchain_in_a_compositor_without_timelines() {
+    if let Some(swapchain) = swapchain(&WESTON, &[]) {
+        swapchain.run(20, "implicit");
+    }
 }

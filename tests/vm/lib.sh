@@ -26,6 +26,23 @@ LINUX=7.2 # the version that User-mode Linux is built from, and the newer of the
 uml_tree() { echo "$CACHE/linux-$LINUX-$1"; }
 debian_kernel() { basename "$(ls -d "$ROOTFS/lib/modules/$1".*)"; }
 
+# timelines_module: builds the DRM device without a GPU that has timelines, for the plain UML kernel; prints where it is.
+timelines_module() {
+    local src=$VM_DIR/timelines dir ko
+    ko=$CACHE/modules/timelines-$(cat "$src"/* "$CACHE/uml.ready" | sha256sum | cut -c1-16)/timelines.ko
+    if [ ! -e "$ko" ]; then
+        mkdir -p "${ko%/*}"
+        dir=$(mktemp -d)
+        cp "$src"/* "$dir"
+        quiet "$CACHE/module-timelines.log" "building the module timelines" \
+            make -C "$CACHE/linux" "O=$(uml_tree uml)" ARCH=um "M=$dir" W=1 KCFLAGS=-Werror modules
+        cp "$dir/timelines.ko" "$ko.$$"
+        mv "$ko.$$" "$ko"
+        rm -rf "$dir"
+    fi
+    echo "$ko"
+}
+
 # guest_image KERNEL PROGRAM: an uncompressed kernel and initramfs (the fastest to boot under emulation) with the module and the
 # guest's program; prints the directory that holds them.
 guest_image() {

@@ -9,6 +9,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use bufshare::host::client::Lease;
 use bufshare::host::image::{Image, MOD_INVALID, MOD_LINEAR};
 use bufshare::host::wire::FdKind;
+use wayland_client::backend::ObjectId;
 use wayland_client::globals::{GlobalListContents, registry_queue_init};
 use wayland_client::protocol::{
     wl_buffer, wl_callback, wl_compositor, wl_registry, wl_shm, wl_shm_pool, wl_surface,
@@ -20,19 +21,20 @@ use wayland_protocols::wp::linux_dmabuf::zv1::client::{
     zwp_linux_buffer_params_v1 as params, zwp_linux_dmabuf_feedback_v1 as feedback,
     zwp_linux_dmabuf_v1 as dmabuf,
 };
+use wayland_protocols::wp::linux_drm_syncobj::v1::client::wp_linux_drm_syncobj_manager_v1 as manager;
 use wayland_protocols::xdg::shell::client::{xdg_surface, xdg_toplevel, xdg_wm_base};
 
 use crate::failure::Failure;
 
 /// What the compositor told.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Told {
     /// The window may show something.
     Configured,
     /// The frame callback of this commit.
     FrameDone(u64),
-    /// The buffer is not needed any more.
-    Released,
+    /// This buffer is not needed any more.
+    Released(ObjectId),
     /// The user closed the window.
     Closed,
 }
@@ -40,9 +42,11 @@ pub enum Told {
 /// The compositor's globals, and the window once it is open.
 pub struct Display {
     pub told: VecDeque<Told>,
-    /// The compositor has not released the buffer since it was last attached.
-    pub busy: bool,
-    queue: QueueHandle<Display>,
+    /// What the compositor has not released since it was last attached.
+    pub busy: HashSet<ObjectId>,
+    /// It lets clients say on timelines when a buffer may be used.
+    pub explicit: Option<manager::WpLinuxDrmSyncobjManagerV1>,
+    pub queue: QueueHandle<Display>,
     compositor: wl_compositor::WlCompositor,
     wm_base: xdg_wm_base::XdgWmBase,
     dmabuf: Option<dmabuf::ZwpLinuxDmabufV1>,
@@ -53,12 +57,11 @@ pub struct Display {
     created: Option<Result<wl_buffer::WlBuffer, ()>>,
 }
 
-/// A window and the buffer in it.
+/// A window.
 pub struct Window {
-    surface: wl_surface::WlSurface,
+    pub surface: wl_surface::WlSurface,
     xdg_surface: xdg_surface::XdgSurface,
     toplevel: xdg_toplevel::XdgToplevel,
-    buffer: wl_buffer::WlBuffer,
 }
 
 impl Display {
@@ -77,7 +80,8 @@ impl Display {
         }
         let mut display = Display {
             told: VecDeque::new(),
-            busy: false,
+            busy: HashSet::new(),
+            explicit: globals.bind(&queue, 1..=1, ()).ok(),
             queue: queue.clone(),
             compositor,
             wm_base,
@@ -92,23 +96,26 @@ impl Display {
         Ok((display, events))
     }
 
-    /// A window of exactly the picture's size, which shows nothing yet.
-    pub fn window(
+    /// The compositor's name for a lease's memory.
+    pub fn buffer(
         &mut self,
         events: &mut EventQueue<Display>,
         lease: &Lease,
         image: &Image,
-        fullscreen: bool,
-    ) -> Result<Window, Failure> {
-        let buffer = match lease.fd_kind {
-            FdKind::DmaBuf => self.dmabuf_buffer(events, lease, image)?,
-            FdKind::MemFd => self.shm_buffer(lease, image)?,
-        };
+    ) -> Result<wl_buffer::WlBuffer, Failure> {
+        match lease.fd_kind {
+            FdKind::DmaBuf => self.dmabuf_buffer(events, lease, image),
+            FdKind::MemFd => self.shm_buffer(lease, image),
+        }
+    }
+
+    /// A window of exactly the picture's size, which shows nothing yet.
+    pub fn window(&self, title: &str, image: &Image, fullscreen: bool) -> Window {
         let surface = self.compositor.create_surface(&self.queue, ());
         let xdg_surface = self.wm_base.get_xdg_surface(&surface, &self.queue, ());
         let toplevel = xdg_surface.get_toplevel(&self.queue, ());
         let (width, height) = (image.width as i32, image.height as i32);
-        toplevel.set_title(lease.buffer.name.clone());
+        toplevel.set_title(title.to_owned());
         toplevel.set_app_id("bufshare-present".to_owned());
         toplevel.set_min_size(width, height);
         toplevel.set_max_size(width, height);
@@ -116,14 +123,14 @@ impl Display {
             toplevel.set_fullscreen(None);
         }
         surface.commit();
-        Ok(Window { surface, xdg_surface, toplevel, buffer })
+        Window { surface, xdg_surface, toplevel }
     }
 
-    /// Commits; the frame callback will bear `commit`. With `content` the whole buffer is new.
-    pub fn commit(&mut self, window: &Window, content: bool, commit: u64) {
-        if content {
-            self.busy = true;
-            window.surface.attach(Some(&window.buffer), 0, 0);
+    /// Commits; the frame callback will bear `commit`. With `content` all of that buffer is new.
+    pub fn commit(&mut self, window: &Window, content: Option<&wl_buffer::WlBuffer>, commit: u64) {
+        if let Some(content) = content {
+            self.busy.insert(content.id());
+            window.surface.attach(Some(content), 0, 0);
             window.surface.damage_buffer(0, 0, i32::MAX, i32::MAX);
         }
         window.surface.frame(&self.queue, commit);
@@ -232,11 +239,10 @@ impl Display {
 
 impl Window {
     /// Closes the window, after which the compositor releases a busy buffer.
-    pub fn close(self) -> wl_buffer::WlBuffer {
+    pub fn close(self) {
         self.toplevel.destroy();
         self.xdg_surface.destroy();
         self.surface.destroy();
-        self.buffer
     }
 }
 
@@ -275,12 +281,12 @@ on_event!(wl_callback::WlCallback, u64, |display, _callback, event, commit| {
         display.told.push_back(Told::FrameDone(*commit));
     }
 });
-on_event!(wl_buffer::WlBuffer, bool, |display, _buffer, event, blank| {
+on_event!(wl_buffer::WlBuffer, bool, |display, buffer, event, blank| {
     if let wl_buffer::Event::Release = event
         && !blank
     {
-        display.busy = false;
-        display.told.push_back(Told::Released);
+        display.busy.remove(&buffer.id());
+        display.told.push_back(Told::Released(buffer.id()));
     }
 });
 on_event!(xdg_wm_base::XdgWmBase, (), |_display, wm_base, event, _data| {
@@ -353,6 +359,7 @@ impl Dispatch<params::ZwpLinuxBufferParamsV1, ()> for Display {
     ]);
 }
 
+delegate_noop!(Display: manager::WpLinuxDrmSyncobjManagerV1);
 delegate_noop!(Display: ignore wl_compositor::WlCompositor);
 delegate_noop!(Display: ignore wl_surface::WlSurface);
 delegate_noop!(Display: ignore wl_shm_pool::WlShmPool);

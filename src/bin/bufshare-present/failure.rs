@@ -4,6 +4,7 @@ use std::num::TryFromIntError;
 
 use bufshare::host::client;
 use bufshare::host::image::{Image, ImageError, fourcc_text};
+use bufshare::host::syncobj;
 use bufshare::protocol::Status;
 use thiserror::Error;
 use wayland_client::globals::BindError;
@@ -79,6 +80,15 @@ impl Failure {
             Failure::Lacks { .. } | Failure::NoDmabuf | Failure::NoShm => 7,
             Failure::Lost(_) => 7,
             Failure::Kernel(_) => 1,
+        }
+    }
+}
+
+impl From<syncobj::Error> for Failure {
+    fn from(error: syncobj::Error) -> Self {
+        match error {
+            syncobj::Error::Client(error) => Failure::Client(error),
+            syncobj::Error::Kernel(error) => Failure::Kernel(error),
         }
     }
 }

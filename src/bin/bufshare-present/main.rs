@@ -7,12 +7,15 @@
 //! picture cannot be shown, 7 no compositor that could.
 
 mod display;
+mod explicit;
 mod failure;
 mod pace;
+mod show;
 mod signals;
+mod swap;
 
 use std::io::Write;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -20,30 +23,28 @@ use std::time::{Duration, Instant};
 use bufshare::host::client::{self, Access, Buffer, Client, Event, Lease};
 use bufshare::host::image::Image;
 use bufshare::host::wire::flag;
-use bufshare::protocol::{Status, access, metadata};
+use bufshare::protocol::{access, metadata};
 use clap::Parser;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
+use uuid::Uuid;
+use wayland_client::protocol::wl_buffer;
 use wayland_client::{Connection, EventQueue};
 
 use display::{Display, Told, Window};
 use failure::Failure;
-use pace::{Pace, Step};
 
-/// BEGIN waits this long before it is repeated.
-const BEGIN_TIMEOUT: Duration = Duration::from_millis(100);
-/// A window that gets no frame callback for this long is not seen by anybody.
-const UNSEEN: Duration = Duration::from_secs(1);
-/// How long the compositor may take to let go of the buffer.
+/// How long the compositor may take to let go of a buffer.
 const LETTING_GO: Duration = Duration::from_millis(500);
 
 /// Shows a buffer that a virtual machine offers, in a window of this host's Wayland compositor.
 #[derive(Debug, Parser)]
 #[command(version, name = "bufshare-present")]
 struct Args {
-    /// The buffer to show; with --wait alone: the first picture that is offered.
+    /// The buffer to show; with --wait alone: the first picture that is offered. Several are shown in turn, round
+    /// and round, each when its exporter signals its timeline.
     #[arg(value_name = "UUID|NAME", required_unless_present = "wait")]
-    buffer: Option<String>,
+    buffers: Vec<String>,
     /// Wait until it is offered.
     #[arg(long)]
     wait: bool,
@@ -53,6 +54,9 @@ struct Args {
     /// Show one picture and hold it still until the end.
     #[arg(long)]
     once: bool,
+    /// Leave the compositor's timelines alone (linux-drm-syncobj-v1).
+    #[arg(long)]
+    no_explicit_sync: bool,
     /// Cover the whole output, still unscaled.
     #[arg(long)]
     fullscreen: bool,
@@ -99,36 +103,64 @@ fn run(args: &Args) -> Result<Reason, Failure> {
     let connection = connect()?;
     let (mut display, mut events) = Display::open(&connection)?;
     let mut client = Client::connect(&args.host_socket, "bufshare-present")?;
-    let Some(buffer) = find(args, &mut client)? else {
-        return Ok("signal");
+    let wanted: Vec<Option<&str>> = match args.buffers.as_slice() {
+        [] => vec![None],
+        names => names.iter().map(|name| Some(name.as_str())).collect(),
     };
-    client.watch(Some(buffer.uuid))?;
-    let lease = client.acquire_with(buffer.uuid, access::READ, flag::ACQUIRE_NOTICE)?;
-    let image = Image::parse(buffer.metadata_type, &lease.metadata, lease.buffer.size)
-        .map_err(Failure::Image)?;
-    let window = display.window(&mut events, &lease, &image, args.fullscreen)?;
-    say(format_args!(
-        "presenting {:?} {} {}x{} {}",
-        buffer.name,
-        buffer.uuid,
-        image.width,
-        image.height,
-        lease.mode.name()
-    ));
-    let mut show = Show {
-        pace: Pace::new(lease.buffer.generation, args.once),
-        display,
-        client,
-        lease,
-        window,
-        configured: false,
-        begin: None,
-        frames_left: args.frames,
-        waiting_since: Instant::now(),
-    };
-    let reason = show.follow(&connection, &mut events)?;
-    show.hand_back(&mut events)?;
-    Ok(reason)
+    let mut found = Vec::new();
+    for wanted in wanted {
+        let Some(buffer) = find(wanted, args.wait, &mut client)? else { return Ok("signal") };
+        found.push(buffer.uuid);
+    }
+    client.watch(<[Uuid; 1]>::try_from(found.as_slice()).ok().map(|[uuid]| uuid))?;
+    let mut images = Vec::new();
+    for uuid in found {
+        images.push(Picture::acquire(&mut client, &mut display, &mut events, uuid)?);
+    }
+    let Some(first) = images.first() else { return Ok("signal") };
+    let window = display.window(&first.lease.buffer.name, &first.image, args.fullscreen);
+    let parts = Parts { display, client, window };
+    match <[Picture; 1]>::try_from(images) {
+        Ok([image]) => show::run(args, parts, image, &connection, &mut events),
+        Err(images) => swap::run(args, parts, images, &connection, &mut events),
+    }
+}
+
+/// What is shown, and the compositor's name for it.
+struct Picture {
+    lease: Lease,
+    image: Image,
+    buffer: wl_buffer::WlBuffer,
+}
+
+impl Picture {
+    fn acquire(
+        client: &mut Client,
+        display: &mut Display,
+        events: &mut EventQueue<Display>,
+        uuid: Uuid,
+    ) -> Result<Picture, Failure> {
+        let lease = client.acquire_with(uuid, access::READ, flag::ACQUIRE_NOTICE)?;
+        let image = Image::parse(lease.buffer.metadata_type, &lease.metadata, lease.buffer.size)
+            .map_err(Failure::Image)?;
+        let buffer = display.buffer(events, &lease, &image)?;
+        say(format_args!(
+            "presenting {:?} {} {}x{} {}",
+            lease.buffer.name,
+            lease.buffer.uuid,
+            image.width,
+            image.height,
+            lease.mode.name()
+        ));
+        Ok(Picture { lease, image, buffer })
+    }
+}
+
+/// Compositor, daemon and window.
+struct Parts {
+    display: Display,
+    client: Client,
+    window: Window,
 }
 
 fn connect() -> Result<Connection, Failure> {
@@ -146,11 +178,15 @@ fn connect() -> Result<Connection, Failure> {
 }
 
 /// The buffer to show; `None` where a signal ended the wait.
-fn find(args: &Args, client: &mut Client) -> Result<Option<Buffer>, Failure> {
-    if let Some(wanted) = &args.buffer {
+fn find(
+    wanted: Option<&str>,
+    patient: bool,
+    client: &mut Client,
+) -> Result<Option<Buffer>, Failure> {
+    if let Some(wanted) = wanted {
         match client.find(wanted)? {
             Some(buffer) => return Ok(Some(buffer)),
-            None if !args.wait => return Err(Failure::NoBuffer(wanted.clone())),
+            None if !patient => return Err(Failure::NoBuffer(wanted.to_owned())),
             None => {}
         }
     }
@@ -159,8 +195,8 @@ fn find(args: &Args, client: &mut Client) -> Result<Option<Buffer>, Failure> {
         client.dispatch()?;
         while let Some(event) = client.take_event() {
             let (Event::Offered(buffer) | Event::Changed(buffer)) = event else { continue };
-            let matches = match &args.buffer {
-                Some(wanted) => buffer.name == *wanted || buffer.uuid.to_string() == *wanted,
+            let matches = match wanted {
+                Some(wanted) => buffer.name == wanted || buffer.uuid.to_string() == wanted,
                 None => buffer.metadata_type == metadata::IMAGE,
             };
             if matches {
@@ -188,142 +224,23 @@ fn wait(fds: &mut [PollFd<'_>], timeout: Option<Duration>) -> Result<bool, Failu
     }
 }
 
-/// One window, one lease.
-struct Show {
-    pace: Pace,
-    display: Display,
-    client: Client,
-    lease: Lease,
-    window: Window,
-    configured: bool,
-    /// The pending BEGIN.
-    begin: Option<u64>,
-    frames_left: Option<u64>,
-    /// Since when a frame callback is awaited.
-    waiting_since: Instant,
-}
-
-impl Show {
-    /// Shows generation after generation until something ends it.
-    fn follow(
-        &mut self,
-        connection: &Connection,
-        events: &mut EventQueue<Display>,
-    ) -> Result<Reason, Failure> {
-        loop {
-            events.dispatch_pending(&mut self.display)?;
-            self.client.dispatch()?;
-            if let Some(reason) = self.daemon_told()? {
-                return Ok(reason);
-            }
-            while let Some(told) = self.display.told.pop_front() {
-                match told {
-                    Told::Configured => self.configured = true,
-                    Told::FrameDone(commit) => self.pace.frame_done(commit),
-                    Told::Released => self.pace.released(),
-                    Told::Closed => return Ok("closed"),
-                }
-            }
-            if self.pace.awaits_frame() && self.waiting_since.elapsed() >= UNSEEN {
-                self.pace.unseen();
-                self.waiting_since = Instant::now();
-            }
-            if let Some(reason) = self.take_steps()? {
-                return Ok(reason);
-            }
-            if !self.client.has_news() && self.wait_for_either(connection, events)? {
-                return Ok("signal");
-            }
-        }
-    }
-
-    /// Takes in what the daemon told; why the show is over, if it is.
-    fn daemon_told(&mut self) -> Result<Option<Reason>, Failure> {
-        if let Some(cookie) = self.begin {
-            match self.client.take_generation(cookie) {
-                Ok(None) => {}
-                Ok(Some(generation)) => {
-                    self.begin = None;
-                    self.pace.begun(generation);
-                }
-                Err(error) => match error.status() {
-                    Some(Status::TimedOut | Status::Again | Status::Busy) => {
-                        self.begin = None;
-                        self.pace.begin_failed();
-                    }
-                    Some(Status::Revoked | Status::NoEnt) => return Ok(Some("revoked")),
-                    _ => return Err(error.into()),
-                },
-            }
-        }
-        while let Some(event) = self.client.take_event() {
-            match event {
-                Event::Changed(buffer) | Event::Offered(buffer) => {
-                    self.pace.changed(buffer.generation);
-                }
-                Event::Withdrawn { .. } => return Ok(Some("withdrawn")),
-                Event::Revoked { .. } => return Ok(Some("revoked")),
-                // It exports nothing.
-                Event::Busy(_) | Event::Idle(_) | Event::Released { .. } => {}
-                Event::Resync => self.client.watch(Some(self.lease.buffer.uuid))?,
-            }
-        }
-        Ok(None)
-    }
-
-    fn take_steps(&mut self) -> Result<Option<Reason>, Failure> {
-        // Nothing may be attached before the first configure event.
-        while self.configured {
-            let Some(step) = self.pace.next_step() else { break };
-            match step {
-                Step::Begin => {
-                    let begin =
-                        self.client.submit_begin(self.lease.id, Access::READ, BEGIN_TIMEOUT);
-                    self.begin = Some(begin?);
-                }
-                Step::Show | Step::Settle => {
-                    self.waiting_since = Instant::now();
-                    self.display.commit(&self.window, step == Step::Show, self.pace.commit());
-                }
-                Step::End => match self.client.end(self.lease.id, Access::READ) {
-                    Ok(_) => {}
-                    Err(error) if error.status() == Some(Status::Revoked) => {
-                        return Ok(Some("revoked"));
-                    }
-                    Err(error) => return Err(error.into()),
-                },
-                Step::Shown(generation) => {
-                    say(format_args!("shown generation {generation}"));
-                    if let Some(left) = &mut self.frames_left {
-                        *left = left.saturating_sub(1);
-                        if *left == 0 {
-                            return Ok(Some("frames shown"));
-                        }
-                    }
-                }
-            }
-        }
-        Ok(None)
-    }
-
-    /// Waits for compositor, daemon, signal or the time after which the window counts as unseen.
-    fn wait_for_either(
+impl Parts {
+    /// Waits for compositor, daemon, one of `more`, a signal or `timeout`; whether a signal asked to end.
+    fn wait(
         &self,
         connection: &Connection,
         events: &EventQueue<Display>,
+        more: &[BorrowedFd<'_>],
+        timeout: Option<Duration>,
     ) -> Result<bool, Failure> {
         // A full socket is no failure: the rest goes out later.
         if let Err(error) = connection.flush() {
             log::debug!("flush: {error}");
         }
         let Some(guard) = events.prepare_read() else { return Ok(false) };
-        let timeout =
-            self.pace.awaits_frame().then(|| UNSEEN.saturating_sub(self.waiting_since.elapsed()));
-        let wayland = guard.connection_fd();
-        let mut fds = [
-            PollFd::from_borrowed_fd(wayland, PollFlags::IN),
-            PollFd::from_borrowed_fd(self.client.as_fd(), PollFlags::IN),
-        ];
+        let known = [guard.connection_fd(), self.client.as_fd()];
+        let all = known.iter().chain(more);
+        let mut fds: Vec<_> = all.map(|fd| PollFd::from_borrowed_fd(*fd, PollFlags::IN)).collect();
         let ended = wait(&mut fds, timeout)?;
         match guard.read() {
             Ok(_) => Ok(ended),
@@ -336,25 +253,33 @@ impl Show {
         }
     }
 
-    /// Picture off the screen, the compositor's import gone, fd closed, lease ended.
-    fn hand_back(mut self, events: &mut EventQueue<Display>) -> Result<(), Failure> {
-        if self.configured {
+    /// Picture off the screen, the compositor's imports gone, fds closed, leases ended.
+    fn hand_back(
+        mut self,
+        pictures: Vec<Picture>,
+        configured: bool,
+        events: &mut EventQueue<Display>,
+    ) -> Result<(), Failure> {
+        if configured {
             let blank = u64::MAX;
             self.display.commit_blank(&self.window, blank)?;
             let over = |display: &Display| display.told.contains(&Told::FrameDone(blank));
             dispatch_until(&mut self.display, events, over)?;
         }
-        let buffer = self.window.close();
-        dispatch_until(&mut self.display, events, |display| !display.busy)?;
-        buffer.destroy();
+        self.window.close();
+        dispatch_until(&mut self.display, events, |display| display.busy.is_empty())?;
+        pictures.iter().for_each(|picture| picture.buffer.destroy());
         events.roundtrip(&mut self.display)?;
         drop(self.display);
-        match self.client.end(self.lease.id, Access::READ) {
-            Ok(_) => {}
-            Err(error) if error.status().is_some() => log::debug!("END: {error}"),
-            Err(error) => return Err(error.into()),
+        for Picture { lease, .. } in pictures {
+            match self.client.end(lease.id, Access::READ) {
+                Ok(_) => {}
+                Err(error) if error.status().is_some() => log::debug!("END: {error}"),
+                Err(error) => return Err(error.into()),
+            }
+            self.client.release(lease)?;
         }
-        Ok(self.client.release(self.lease)?)
+        Ok(())
     }
 }
 

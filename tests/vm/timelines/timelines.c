@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
  * A DRM device without a GPU that offers timelines, which vgem and vkms do not: the kernel's own drm_syncobj, memory of ordinary
- * pages, and nothing else. For tests.
+ * pages, and nothing else. For tests. Its driver is called vgem, by which Mesa knows that there is no GPU. A compositor on it takes
+ * buffers, schedules and releases them; what it paints nobody sees.
  */
 #include <linux/dma-mapping.h>
 #include <linux/module.h>
@@ -30,7 +31,7 @@ static int __init node_init(void)
 {
 	int ret;
 
-	parent = platform_device_register_simple("bufshare-timelines", PLATFORM_DEVID_NONE, NULL, 0);
+	parent = platform_device_register_simple("timelines", PLATFORM_DEVID_NONE, NULL, 0);
 	if (IS_ERR(parent))
 		return PTR_ERR(parent);
 	ret = dma_coerce_mask_and_coherent(&parent->dev, DMA_BIT_MASK(64));
