@@ -10,8 +10,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bufshare::host::client::{Client, Error, Event, Loan};
 use bufshare::host::packet::{self, Wait};
-use bufshare::protocol::{Mode, State, access, flag};
-use common::{Daemon, Export, Grant, Guest, Launch, PAGE, SOON, Sync, name, wait_for};
+use bufshare::protocol::{Line, Mode, State, Status, access, flag};
+use common::{Daemon, Export, Grant, Guest, Launch, PAGE, Point, SOON, Sync, name, wait_for};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use rustix::io::FdFlags;
 use uuid::Uuid;
@@ -76,6 +76,12 @@ fn survives(launch: impl Fn() -> Launch, replace: impl FnOnce(&mut Daemon)) {
     // The guest writes for ever.
     guest.begin(Sync { handle, flags: flag::SYNC_WRITE, ..Default::default() }).expect("BEGIN");
     let waits = client.submit_begin(lease.id, bufshare::host::client::Access::READ, SOON).unwrap();
+    // Points: reached ones, and some that nobody will reach any more.
+    guest.signal(Point::new(handle, Line::Acquire, 4)).expect("POINT_SIGNAL");
+    client.signal(lease.id, Line::Release, 4, Status::Ok).unwrap();
+    let points = [Line::Acquire, Line::Release]
+        .map(|line| client.submit_wait(lease.id, line, 5, SOON).unwrap());
+    let own = lender.submit_wait(lent.handle, Line::Acquire, 1, SOON).unwrap();
     let mapping = (shared, bufshare::ioctl::Mapping::new(&lease.fd, PAGE as usize, false).unwrap());
 
     replace(&mut daemon);
@@ -85,12 +91,21 @@ fn survives(launch: impl Fn() -> Launch, replace: impl FnOnce(&mut Daemon)) {
     assert!(matches!(told, Some(Event::Revoked { uuid, .. }) if uuid == held), "{told:?}");
     let ended = client.take_generation(waits).unwrap_err();
     assert!(ended.to_string().contains("REVOKED"), "{ended}");
+    for wait in points {
+        let ended = client.take_reached(wait).unwrap_err();
+        assert_eq!(ended.status(), Some(Status::Revoked), "{ended}");
+    }
+    let refused = client.signal(lease.id, Line::Release, 9, Status::Ok).unwrap_err();
+    assert_eq!(refused.status(), Some(Status::Revoked), "{refused}");
+    let refused = client.wait(lease.id, Line::Acquire, 4, SOON).unwrap_err();
+    assert_eq!(refused.status(), Some(Status::Revoked), "{refused}");
     assert_eq!(client.query(held).unwrap().leases[0].lease, lease.id);
     assert_eq!(client.query(held).unwrap().leases[0].client, "test");
     assert!(client.query(unused).is_err(), "nobody used it");
     let refused = client.begin(lease.id, bufshare::host::client::Access::READ, SOON).unwrap_err();
     assert!(refused.to_string().contains("REVOKED"), "{refused}");
     assert!(matches!(lender.next_event(Some(SOON)), Err(Error::Closed)), "it connects again");
+    assert!(matches!(lender.take_reached(own), Err(_) | Ok(None)), "it was not reached");
     assert!(client.query(lent.uuid).is_err());
     // Numbers of before are not used for anybody else.
     guest.reconnect();
