@@ -193,12 +193,14 @@ static int bufshare_watch_arm(struct bufshare_watch *watch)
 	req->hdr.cookie = cpu_to_le32(cookie);
 	req->timeout_ns = cpu_to_le64(timeout_ns);
 	watch->msg->then = &watch->work;
-	/* Before the answer can come, which makes it run at once. */
+	/*
+	 * Before the answer can come, which makes it run at once. Twice: to submit may take as long as
+	 * an answer.
+	 */
 	queue_delayed_work(bufshare_wq, &watch->work,
-			   BUFSHARE_ANSWER_TIMEOUT + nsecs_to_jiffies(timeout_ns));
+			   2 * BUFSHARE_ANSWER_TIMEOUT + nsecs_to_jiffies(timeout_ns));
 	ret = bufshare_submit(bs, &bs->sync, watch->msg);
 	if (ret) {
-		/* It had longer to go than that took. */
 		cancel_delayed_work(&watch->work);
 		bufshare_msg_put(watch->msg);
 	}
