@@ -13,15 +13,17 @@
  * buffer    memory that this module allocates, and dma-bufs of it
  * offer     what others offer to this guest
  * import    attachments to buffers of others
+ * bracket   who of this guest is using them
  * view      the dma-buf of an import
  * window    who has which part of the window
  * chardev   /dev/bufshareN
  * attach    its requests for importers
  * point     its requests about timelines
  *
- * Locks, outermost first: bufshare_import.sync_lock, bufshare.users, bufshare.export_lock, dma_resv
- * locks and mmap_lock, bufshare_import.lock, bufshare_buffer.lock, the loan lock (a spinlock, in
- * loan.c), bufshare_queue.lock (taken in interrupts).
+ * Locks, outermost first: bufshare_import.begin_lock, bufshare.users, bufshare_import.sync_lock,
+ * bufshare.export_lock, bufshare_import.view_lock, dma_resv locks and mmap_lock,
+ * bufshare_import.lock, bufshare_buffer.lock, the loan lock (a spinlock, in loan.c),
+ * bufshare_queue.lock (taken in interrupts).
  */
 #ifndef _VIRTIO_BUFSHARE_H
 #define _VIRTIO_BUFSHARE_H
@@ -29,12 +31,14 @@
 #include <linux/cdev.h>
 #include <linux/completion.h>
 #include <linux/device.h>
+#include <linux/dma-resv.h>
 #include <linux/kref.h>
 #include <linux/list.h>
 #include <linux/mutex.h>
 #include <linux/notifier.h>
 #include <linux/rwsem.h>
 #include <linux/scatterlist.h>
+#include <linux/sizes.h>
 #include <linux/spinlock.h>
 #include <linux/types.h>
 #include <linux/virtio.h>
@@ -48,7 +52,7 @@
 struct bufshare_memory;
 struct dma_buf;
 struct dma_buf_attachment;
-struct file;
+struct inode;
 struct iosys_map;
 struct virtio_shm_region;
 
@@ -56,6 +60,8 @@ struct virtio_shm_region;
 #define BUFSHARE_ANSWER_TIMEOUT (30 * HZ)
 /* More than any virtqueue can carry; keeps the length of a request in an int. */
 #define BUFSHARE_MAX_SEGMENTS 1000000U
+/* Bytes; a device that wants more is refused. */
+#define BUFSHARE_MAX_METADATA SZ_4K
 
 /* ---- queue ---- */
 
@@ -393,12 +399,16 @@ enum bufshare_where {
  * @unsure: the device may have a mapping that nobody can name
  * @cache: how the window is to be mapped
  * @vaddr: kernel mapping of the window
+ * @begin_lock: held by the one BEGIN that is with the device
  * @sync_lock: guards the following
- * @users: how many in this guest are in a bracket of READ and of WRITE
+ * @users: how many in this guest are in a bracket of READ and of WRITE, or about to be
  * @file_users: how many of these through the file
- * @partial: a writer ended while others still wrote
+ * @owed: BUFSHARE_SYNC_F_*: who left has left END to those who are still there
+ * @resv: of @dmabuf, and outlives it
+ * @inode: of @dmabuf: user space's mappings; counted
+ * @view_lock: held while @dmabuf is used, which does not end then
  * @lock: guards the following
- * @dmabuf: not counted; NULL before and after its life
+ * @dmabuf: not counted; NULL before and after its life; changes under both locks
  * @error: why nothing works any more, or 0
  * @pins: kernel mappings and DMA mappings of the window
  * @retired: the device was told that this is over
@@ -432,10 +442,14 @@ struct bufshare_import {
 	bool unsure;
 	u32 cache;
 	void *vaddr;
+	struct mutex begin_lock; /* held by the one BEGIN that is with the device */
 	struct mutex sync_lock; /* guards the following */
 	unsigned int users[2];
 	unsigned int file_users[2];
-	bool partial;
+	u32 owed;
+	struct dma_resv resv;
+	struct inode *inode;
+	struct mutex view_lock; /* held while dmabuf is used */
 	struct mutex lock; /* guards the following */
 	struct dma_buf *dmabuf;
 	int error;
@@ -464,7 +478,8 @@ void bufshare_set_dead(struct bufshare *bs);
 
 /* request */
 int bufshare_req_export(struct bufshare *bs, struct bufshare_loan *loan,
-			const struct bufshare_export *arg, const u8 *pool_uuid);
+			const struct bufshare_export *arg, const void *metadata,
+			const u8 *pool_uuid);
 int bufshare_req_grant(struct bufshare *bs, const struct bufshare_grant *arg);
 int bufshare_req_release(struct bufshare *bs, u64 handle, u16 flags, u32 *state);
 int bufshare_req_query(struct bufshare *bs, u16 type, u64 handle,
@@ -491,7 +506,7 @@ struct bufshare_loan *bufshare_loan_lookup(struct bufshare *bs, u32 session, u64
 struct bufshare_loan *bufshare_loan_new(struct bufshare_file *file);
 void bufshare_loan_put(struct bufshare_loan *loan);
 void bufshare_loan_lend(struct bufshare_loan *loan, struct bufshare_memory *memory);
-struct dma_buf *bufshare_loan_own(struct bufshare *bs, u32 session, struct bufshare_attach *arg);
+struct dma_buf *bufshare_loan_own(struct bufshare_file *file, struct bufshare_attach *arg);
 struct bufshare_memory *bufshare_loan_share(struct bufshare_file *file, u64 handle, u8 *uuid);
 int bufshare_loan_answered(struct bufshare_loan *loan, u64 handle, const u8 *uuid, u32 mode);
 void bufshare_loan_end(struct bufshare_loan *loan, const struct bufshare_event *event);
@@ -541,7 +556,7 @@ int bufshare_segments(struct sg_table *sgt, bool dma, u64 size, u32 granule,
 		      struct virtio_bufshare_segment *out, u32 max);
 int bufshare_memory_segments(const struct bufshare_memory *memory, u32 granule,
 			     struct virtio_bufshare_segment *out, u32 max);
-int bufshare_memory_finish(struct dma_buf *dmabuf, bool write, unsigned long timeout);
+int bufshare_memory_finish(struct dma_resv *resv, bool write, unsigned long timeout);
 
 /* buffer */
 int bufshare_buffer_init(struct bufshare_buffer *buffer, u64 size, u32 granule);
@@ -570,19 +585,20 @@ struct bufshare_import *bufshare_import_new(struct bufshare_file *file, const u8
 void bufshare_import_put(struct bufshare_import *import);
 void bufshare_import_close(struct bufshare_import *import);
 struct bufshare_import *bufshare_import_find(struct bufshare_file *file, u64 handle);
-int bufshare_import_sync(struct bufshare_import *import, struct bufshare_sync *arg, bool by_file);
 int bufshare_import_pin(struct bufshare_import *import);
 void bufshare_import_unpin(struct bufshare_import *import);
 void bufshare_imports_event(struct bufshare *bs, const struct bufshare_event *event);
-void bufshare_imports_close(struct bufshare_file *file);
 void bufshare_imports_end(struct bufshare *bs);
 void bufshare_imports_forget(struct bufshare *bs);
 void bufshare_imports_init(struct dentry *dir);
 
+/* bracket */
+int bufshare_import_sync(struct bufshare_import *import, struct bufshare_sync *arg, bool by_file);
+void bufshare_imports_close(struct bufshare_file *file);
+
 /* view */
 int bufshare_view_new(struct bufshare_import *import);
 bool bufshare_view_is(const struct dma_buf *dmabuf);
-struct dma_buf *bufshare_view_get(struct bufshare_import *import);
 int bufshare_view_open(struct bufshare_import *import);
 void bufshare_view_close(struct bufshare_import *import);
 void bufshare_view_zap(struct bufshare_import *import);

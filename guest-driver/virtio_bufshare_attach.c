@@ -54,7 +54,7 @@ int bufshare_ioc_attach(struct bufshare_file *file, void __user *user,
 	ret = bufshare_enter(bs, file->session);
 	if (ret)
 		return ret;
-	dmabuf = bufshare_loan_own(bs, file->session, arg);
+	dmabuf = bufshare_loan_own(file, arg);
 	if (!dmabuf) {
 		import = bufshare_import_new(file, arg->uuid, arg->access,
 					     arg->flags & BUFSHARE_ATTACH_F_ZERO_COPY);

@@ -173,14 +173,21 @@ static int bufshare_ioc_export(struct bufshare_file *file, struct bufshare_expor
 	struct bufshare *bs = file->bs;
 	struct bufshare_loan *loan;
 	u8 pool_uuid[16];
+	void *metadata;
 	int ret;
 
 	ret = bufshare_export_check(arg);
 	if (ret)
 		return ret;
+	if (arg->metadata_len > BUFSHARE_MAX_METADATA)
+		return -ENOSPC;
+	/* Outside bufshare_enter(): a program may make it wait for as long as it likes. */
+	metadata = memdup_user(u64_to_user_ptr(arg->metadata), arg->metadata_len);
+	if (IS_ERR(metadata))
+		return PTR_ERR(metadata);
 	ret = bufshare_enter(bs, file->session);
 	if (ret)
-		return ret;
+		goto free;
 	loan = bufshare_loan_new(file);
 	if (!loan) {
 		ret = -ENOMEM;
@@ -190,8 +197,8 @@ static int bufshare_ioc_export(struct bufshare_file *file, struct bufshare_expor
 	if (ret)
 		bufshare_loan_end(loan, NULL);
 	else
-		ret = bufshare_req_export(bs, loan, arg, arg->flags & BUFSHARE_EXPORT_F_PART ?
-					  pool_uuid : NULL);
+		ret = bufshare_req_export(bs, loan, arg, metadata,
+					  arg->flags & BUFSHARE_EXPORT_F_PART ? pool_uuid : NULL);
 	if (!ret) {
 		arg->handle = loan->handle;
 		arg->mode = loan->mode;
@@ -201,6 +208,8 @@ static int bufshare_ioc_export(struct bufshare_file *file, struct bufshare_expor
 	bufshare_loan_put(loan);
 leave:
 	bufshare_leave(bs);
+free:
+	kfree(metadata);
 	return ret == -ERESTARTSYS ? -EINTR : ret;
 }
 
@@ -242,7 +251,7 @@ static int bufshare_ioc_grant(struct bufshare_file *file, struct bufshare_grant 
 
 /* Before the content is declared complete, the devices of this guest must have completed it. */
 static int bufshare_sync_fences(struct bufshare_file *file, const struct bufshare_sync *arg,
-				struct dma_buf *dmabuf)
+				struct dma_resv *resv)
 {
 	u64 max_ns = (u64)file->bs->config.max_wait_ms * NSEC_PER_MSEC;
 	unsigned long timeout;
@@ -251,13 +260,13 @@ static int bufshare_sync_fences(struct bufshare_file *file, const struct bufshar
 	timeout = nsecs_to_jiffies(arg->timeout_ns ? min(arg->timeout_ns, max_ns) : max_ns);
 	if (arg->flags & BUFSHARE_SYNC_F_NONBLOCK)
 		timeout = 0;
-	ret = bufshare_memory_finish(dmabuf, !(arg->flags & BUFSHARE_SYNC_F_READ), timeout);
+	ret = bufshare_memory_finish(resv, !(arg->flags & BUFSHARE_SYNC_F_READ), timeout);
 	if (ret == -ETIMEDOUT && !timeout)
 		ret = -EAGAIN;
 	return ret;
 }
 
-/* The dma-buf behind an export or attachment of a file, and which of the two it is. */
+/* The dma-buf behind an export of a file, or its attachment. */
 static int bufshare_sync_find(struct bufshare_file *file, u64 handle, struct dma_buf **dmabuf,
 			      struct bufshare_import **import)
 {
@@ -271,11 +280,8 @@ static int bufshare_sync_find(struct bufshare_file *file, u64 handle, struct dma
 	loan = bufshare_loan_find(file, handle, dmabuf);
 	if (!loan) {
 		*import = bufshare_import_find(file, handle);
-		*dmabuf = *import ? bufshare_view_get(*import) : NULL;
-		if (!*dmabuf) {
-			bufshare_import_put(*import);
+		if (!*import)
 			ret = -ENOENT;
-		}
 	}
 	bufshare_loan_put(loan);
 	bufshare_leave(file->bs);
@@ -286,8 +292,8 @@ static int bufshare_ioc_sync(struct bufshare_file *file, struct bufshare_sync *a
 {
 	const u32 access = BUFSHARE_SYNC_F_READ | BUFSHARE_SYNC_F_WRITE;
 	struct bufshare_import *import = NULL;
+	struct dma_buf *dmabuf = NULL;
 	struct bufshare_loan *loan;
-	struct dma_buf *dmabuf;
 	int ret;
 
 	if (arg->flags & ~(BUFSHARE_SYNC_F_END | BUFSHARE_SYNC_F_NONBLOCK | access) ||
@@ -300,7 +306,7 @@ static int bufshare_ioc_sync(struct bufshare_file *file, struct bufshare_sync *a
 		return ret;
 	/* Outside bufshare_enter(): a removal need not wait for these devices. */
 	if (arg->flags & BUFSHARE_SYNC_F_END)
-		ret = bufshare_sync_fences(file, arg, dmabuf);
+		ret = bufshare_sync_fences(file, arg, import ? &import->resv : dmabuf->resv);
 	if (ret)
 		goto put;
 	if (import) {
@@ -314,7 +320,8 @@ static int bufshare_ioc_sync(struct bufshare_file *file, struct bufshare_sync *a
 	bufshare_leave_loan(file, loan);
 put:
 	bufshare_import_put(import);
-	dma_buf_put(dmabuf);
+	if (dmabuf)
+		dma_buf_put(dmabuf);
 	return ret;
 }
 

@@ -10,6 +10,7 @@
  */
 #include <linux/debugfs.h>
 #include <linux/dma-buf.h>
+#include <linux/fs.h>
 #include <linux/hashtable.h>
 #include <linux/sched.h>
 #include <linux/seq_file.h>
@@ -32,7 +33,11 @@ static void bufshare_import_free(struct kref *ref)
 	bufshare_view_close(import);
 	if (import->where == BUFSHARE_ON_PAGES)
 		bufshare_buffer_fini(&import->buffer);
+	iput(import->inode);
+	dma_resv_fini(&import->resv);
+	mutex_destroy(&import->begin_lock);
 	mutex_destroy(&import->sync_lock);
+	mutex_destroy(&import->view_lock);
 	mutex_destroy(&import->lock);
 	kfree(import->metadata);
 	put_device(&import->bs->dev);
@@ -113,8 +118,9 @@ static void bufshare_import_kill(struct bufshare_import *import, int error)
 }
 
 /*
- * Tells the device that a dead import is over, unless the kernel still uses the window; nobody can
- * wait for that when the session ends (@force), and the reset ends it.
+ * Tells the device that a dead import is over, unless the kernel still uses the window, or somebody
+ * is about to make its dma-buf and will see then. Nobody can wait for that when the session ends
+ * (@force), and the reset ends it.
  *
  * Context: while the session lasts.
  */
@@ -125,7 +131,7 @@ static void bufshare_import_retire(struct bufshare_import *import, bool force)
 	int ret = 0;
 
 	mutex_lock(&import->lock);
-	if (import->retired || (import->pins && !force)) {
+	if (import->retired || (!force && (import->pins || !import->dmabuf))) {
 		mutex_unlock(&import->lock);
 		return;
 	}
@@ -175,11 +181,13 @@ static void bufshare_import_retire_later(struct bufshare_import *import)
 /* The dma-buf is gone, or there was none. */
 static void bufshare_import_over(struct bufshare_import *import)
 {
+	mutex_lock(&import->view_lock);
 	mutex_lock(&import->lock);
 	import->dmabuf = NULL;
 	if (!import->error)
 		WRITE_ONCE(import->error, -ENODEV);
 	mutex_unlock(&import->lock);
+	mutex_unlock(&import->view_lock);
 	spin_lock(&bufshare_loan_lock);
 	if (import->inbox.file) {
 		list_del(&import->file_node);
@@ -418,7 +426,10 @@ struct bufshare_import *bufshare_import_new(struct bufshare_file *file, const u8
 	INIT_HLIST_NODE(&import->hash);
 	INIT_LIST_HEAD(&import->file_node);
 	INIT_LIST_HEAD(&import->inbox.node);
+	mutex_init(&import->begin_lock);
 	mutex_init(&import->sync_lock);
+	dma_resv_init(&import->resv);
+	mutex_init(&import->view_lock);
 	mutex_init(&import->lock);
 	INIT_WORK(&import->retire, bufshare_retire_work);
 	import->bs = bs;
@@ -446,147 +457,10 @@ struct bufshare_import *bufshare_import_new(struct bufshare_file *file, const u8
 		bufshare_import_put(import);
 		return ERR_PTR(ret);
 	}
+	/* Whoever heard meanwhile that it is revoked has left the rest to us. */
+	if (READ_ONCE(import->error))
+		bufshare_import_retire(import, false);
 	return import;
-}
-
-/* ---- brackets ---- */
-
-static int bufshare_import_begin(struct bufshare_import *import, struct bufshare_sync *arg,
-				 bool by_file)
-{
-	struct bufshare_sync sync = *arg;
-	unsigned int i;
-	int ret;
-
-	/* What a writer of this guest has not completed yet must not be overwritten. */
-	if (import->users[1]) {
-		sync.offset = import->size;
-		sync.len = 0;
-	}
-	ret = bufshare_req_sync(import->bs, &sync);
-	if (ret)
-		return ret;
-	arg->generation = sync.generation;
-	for (i = 0; i < ARRAY_SIZE(import->users); i++) {
-		if (!(arg->flags & BUFSHARE_SYNC_F_READ << i))
-			continue;
-		import->users[i]++;
-		import->file_users[i] += by_file;
-	}
-	return 0;
-}
-
-/* To the device there is one bit of each kind: it is cleared by the last who leaves. */
-static int bufshare_import_end(struct bufshare_import *import, struct bufshare_sync *arg,
-			       bool by_file)
-{
-	struct bufshare_sync sync = *arg;
-	unsigned int i;
-	int ret;
-
-	for (i = 0; i < ARRAY_SIZE(import->users); i++) {
-		u32 bit = BUFSHARE_SYNC_F_READ << i;
-
-		if (!(arg->flags & bit))
-			continue;
-		if (by_file && import->file_users[i])
-			import->file_users[i]--;
-		if (import->users[i] && --import->users[i]) {
-			sync.flags &= ~bit;
-			import->partial |= bit == BUFSHARE_SYNC_F_WRITE;
-		}
-		import->file_users[i] = min(import->file_users[i], import->users[i]);
-	}
-	arg->generation = import->generation;
-	if (!(sync.flags & (BUFSHARE_SYNC_F_READ | BUFSHARE_SYNC_F_WRITE)))
-		return 0;
-	if (sync.flags & BUFSHARE_SYNC_F_WRITE && import->partial) {
-		sync.offset = 0;
-		sync.len = 0;
-		import->partial = false;
-	}
-	ret = bufshare_req_sync(import->bs, &sync);
-	if (!ret)
-		arg->generation = sync.generation;
-	return ret;
-}
-
-/**
- * bufshare_import_sync() - begin or end a bracket
- * @import: the import
- * @arg: in: what the user wants; out: the generation
- * @by_file: through the open file, whose close ends the bracket, else through the dma-buf
- *
- * Context: Process context, outside bufshare_enter().
- * Return: 0, -EINTR after a signal, or another negative error.
- */
-int bufshare_import_sync(struct bufshare_import *import, struct bufshare_sync *arg, bool by_file)
-{
-	bool end = arg->flags & BUFSHARE_SYNC_F_END;
-	int ret;
-
-	if (end)
-		mutex_lock(&import->sync_lock);
-	else if (mutex_lock_interruptible(&import->sync_lock))
-		return -EINTR;
-	ret = READ_ONCE(import->error);
-	if (!ret)
-		ret = bufshare_enter(import->bs, import->session);
-	if (!ret) {
-		ret = end ? bufshare_import_end(import, arg, by_file) :
-			    bufshare_import_begin(import, arg, by_file);
-		if (!ret)
-			import->generation = arg->generation;
-		bufshare_leave(import->bs);
-	}
-	mutex_unlock(&import->sync_lock);
-	return ret;
-}
-
-/* The file is gone that began these brackets. */
-static void bufshare_import_leave(struct bufshare_import *import)
-{
-	struct bufshare_sync sync = { .flags = 0 };
-	unsigned int i;
-
-	mutex_lock(&import->sync_lock);
-	for (i = 0; i < ARRAY_SIZE(import->users); i++) {
-		if (!import->file_users[i])
-			continue;
-		import->users[i] -= import->file_users[i] - 1;
-		import->file_users[i] = 1;
-		sync.flags |= BUFSHARE_SYNC_F_END | BUFSHARE_SYNC_F_READ << i;
-	}
-	mutex_unlock(&import->sync_lock);
-	if (sync.flags)
-		bufshare_import_sync(import, &sync, true);
-}
-
-/**
- * bufshare_imports_close() - a file is closed: end its brackets; the dma-bufs live on
- * @file: the file
- *
- * Context: Process context, outside bufshare_enter().
- */
-void bufshare_imports_close(struct bufshare_file *file)
-{
-	struct bufshare_import *import;
-
-	for (;;) {
-		spin_lock(&bufshare_loan_lock);
-		import = list_first_entry_or_null(&file->imports, struct bufshare_import,
-						  file_node);
-		if (import) {
-			list_del(&import->file_node);
-			bufshare_inbox_close(&import->inbox);
-			kref_get(&import->ref);
-		}
-		spin_unlock(&bufshare_loan_lock);
-		if (!import)
-			break;
-		bufshare_import_leave(import);
-		bufshare_import_put(import);
-	}
 }
 
 /* ---- for people ---- */

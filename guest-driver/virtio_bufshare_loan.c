@@ -233,22 +233,20 @@ struct bufshare_loan *bufshare_loan_find(struct bufshare_file *file, u64 handle,
 }
 
 /**
- * bufshare_loan_own() - an export of this guest by its UUID
- * @bs: the device
- * @session: of the device
+ * bufshare_loan_own() - an export by its UUID
+ * @file: who asks; must own it, since a UUID is no right and a dma-buf knows no lesser rights
  * @arg: in: the UUID; out, if it is found: what it is
  *
- * Return: a counted reference to its dma-buf, or NULL if it is none of this guest.
+ * Return: a counted reference to its dma-buf, or NULL if @file has no such export.
  */
-struct dma_buf *bufshare_loan_own(struct bufshare *bs, u32 session, struct bufshare_attach *arg)
+struct dma_buf *bufshare_loan_own(struct bufshare_file *file, struct bufshare_attach *arg)
 {
 	struct dma_buf *dmabuf = NULL;
 	struct bufshare_loan *loan;
 
 	spin_lock(&bufshare_loan_lock);
-	list_for_each_entry(loan, &bufshare_loans, node) {
-		if (loan->bs != bs || loan->session != session ||
-		    loan->state != BUFSHARE_LOAN_LIVE ||
+	list_for_each_entry(loan, &file->loans, file_node) {
+		if (loan->state != BUFSHARE_LOAN_LIVE ||
 		    memcmp(loan->uuid, arg->uuid, sizeof(arg->uuid)))
 			continue;
 		dmabuf = bufshare_memory_dmabuf(loan->memory);

@@ -101,7 +101,7 @@ static int bufshare_check_config(struct bufshare *bs)
 	const struct bufshare_config *c = &bs->config;
 
 	if (is_power_of_2(c->granule) && c->granule >= SZ_4K && c->max_segments &&
-	    c->max_metadata <= SZ_4K && c->event_size >= sizeof(struct virtio_bufshare_event) &&
+	    c->max_metadata <= BUFSHARE_MAX_METADATA && c->event_size >= sizeof(struct virtio_bufshare_event) &&
 	    c->event_size <= SZ_4K)
 		return 0;
 	dev_err(&bs->vdev->dev,

@@ -282,19 +282,18 @@ int bufshare_memory_segments(const struct bufshare_memory *memory, u32 granule,
 
 /**
  * bufshare_memory_finish() - wait until the devices of this guest are done with a dma-buf
- * @dmabuf: the dma-buf
+ * @resv: of the dma-buf
  * @write: only the writers among them
  * @timeout: jiffies
  *
  * Return: 0, -EINTR after a signal, -ETIMEDOUT.
  */
-int bufshare_memory_finish(struct dma_buf *dmabuf, bool write, unsigned long timeout)
+int bufshare_memory_finish(struct dma_resv *resv, bool write, unsigned long timeout)
 {
 	long ret;
 
-	ret = dma_resv_wait_timeout(dmabuf->resv,
-				    write ? DMA_RESV_USAGE_WRITE : DMA_RESV_USAGE_READ,
-				    true, timeout);
+	ret = dma_resv_wait_timeout(resv, write ? DMA_RESV_USAGE_WRITE : DMA_RESV_USAGE_READ, true,
+				    timeout);
 	if (ret == -ERESTARTSYS)
 		return -EINTR;
 	if (ret < 0)

@@ -8,7 +8,6 @@
 #include <linux/sched/signal.h>
 #include <linux/slab.h>
 #include <linux/string.h>
-#include <linux/uaccess.h>
 
 #include "virtio_bufshare.h"
 
@@ -39,15 +38,17 @@ struct bufshare_msg *bufshare_req(u16 type, u16 flags, u32 req_len, u32 resp_len
  * @bs: the device
  * @loan: a new loan, with its memory
  * @arg: what the user wants
+ * @metadata: that @arg names
  * @pool_uuid: UUID of the pool, or NULL if it is no part
  *
  * The loan knows afterwards what became of it: it is live, over, or, without an answer, unknown.
  *
- * Context: Process context. Copies the metadata from user space.
+ * Context: Process context.
  * Return: 0 or a negative error.
  */
 int bufshare_req_export(struct bufshare *bs, struct bufshare_loan *loan,
-			const struct bufshare_export *arg, const u8 *pool_uuid)
+			const struct bufshare_export *arg, const void *metadata,
+			const u8 *pool_uuid)
 {
 	struct virtio_bufshare_segment *segments;
 	struct virtio_bufshare_resp_export *resp;
@@ -97,10 +98,7 @@ int bufshare_req_export(struct bufshare *bs, struct bufshare_loan *loan,
 	} else {
 		bufshare_memory_segments(loan->memory, bs->config.granule, segments, count);
 	}
-	if (copy_from_user(segments + count, u64_to_user_ptr(arg->metadata), arg->metadata_len)) {
-		ret = -EFAULT;
-		goto refused;
-	}
+	memcpy(segments + count, metadata, arg->metadata_len);
 
 	mutex_lock(&bs->export_lock);
 	ret = bufshare_call(bs, msg);

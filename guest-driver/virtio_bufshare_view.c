@@ -222,7 +222,7 @@ static int bufshare_view_end(struct dma_buf *dmabuf, enum dma_data_direction dir
 	int ret;
 
 	/* The devices of this guest must have finished before others are told. */
-	ret = bufshare_memory_finish(dmabuf, direction == DMA_TO_DEVICE,
+	ret = bufshare_memory_finish(dmabuf->resv, direction == DMA_TO_DEVICE,
 				     msecs_to_jiffies(import->bs->config.max_wait_ms));
 	if (ret)
 		return ret;
@@ -376,53 +376,41 @@ int bufshare_view_new(struct bufshare_import *import)
 	info.flags = import->access & BUFSHARE_ACCESS_WRITE ? O_RDWR : O_RDONLY;
 	info.flags |= O_CLOEXEC;
 	info.priv = &import->buffer;
+	info.resv = &import->resv;
 	dmabuf = dma_buf_export(&info);
 	if (IS_ERR(dmabuf))
 		return PTR_ERR(dmabuf);
+	import->inode = file_inode(dmabuf->file);
+	ihold(import->inode);
 	/* If it died already, whoever uses the dma-buf will find out. */
+	mutex_lock(&import->view_lock);
 	mutex_lock(&import->lock);
 	import->dmabuf = dmabuf;
 	mutex_unlock(&import->lock);
+	mutex_unlock(&import->view_lock);
 	return 0;
-}
-
-/**
- * bufshare_view_get() - the dma-buf of an import
- * @import: the import
- *
- * Return: the dma-buf with a reference, or NULL if it is about to go.
- */
-struct dma_buf *bufshare_view_get(struct bufshare_import *import)
-{
-	struct dma_buf *dmabuf;
-
-	mutex_lock(&import->lock);
-	dmabuf = import->dmabuf;
-	if (dmabuf && !get_file_active(&dmabuf->file))
-		dmabuf = NULL;
-	mutex_unlock(&import->lock);
-	return dmabuf;
 }
 
 /**
  * bufshare_view_zap() - take all mappings away from user space, and tell devices
  * @import: a dead import
  *
+ * A dma-buf lives as long as a path to it is open, its file may not: dmabuf->file cannot be used.
+ *
  * Context: Process context.
  */
 void bufshare_view_zap(struct bufshare_import *import)
 {
-	struct dma_buf *dmabuf = bufshare_view_get(import);
-
-	if (!dmabuf)
-		return;
-	unmap_mapping_range(dmabuf->file->f_mapping, 0, 0, 1);
-	dma_resv_lock(dmabuf->resv, NULL);
+	mutex_lock(&import->view_lock);
+	if (import->dmabuf) {
+		unmap_mapping_range(import->inode->i_mapping, 0, 0, 1);
+		dma_resv_lock(&import->resv, NULL);
 #if LINUX_VERSION_CODE >= KERNEL_VERSION(7, 0, 0)
-	dma_buf_invalidate_mappings(dmabuf);
+		dma_buf_invalidate_mappings(import->dmabuf);
 #else
-	dma_buf_move_notify(dmabuf);
+		dma_buf_move_notify(import->dmabuf);
 #endif
-	dma_resv_unlock(dmabuf->resv);
-	dma_buf_put(dmabuf);
+		dma_resv_unlock(&import->resv);
+	}
+	mutex_unlock(&import->view_lock);
 }

@@ -91,8 +91,12 @@ int bufshare_window_take(struct bufshare_window *window, u64 size, u64 *offset)
  */
 void bufshare_window_give(struct bufshare_window *window, u64 offset, u64 size)
 {
+	unsigned long at = div_u64(offset, window->granule);
+	unsigned long end = at + DIV_ROUND_UP_ULL(size, window->granule);
+
 	mutex_lock(&window->lock);
-	bitmap_clear(window->used, div_u64(offset, window->granule),
-		     DIV_ROUND_UP_ULL(size, window->granule));
+	/* A place that is given twice may be another's by then. */
+	WARN_ON_ONCE(find_next_zero_bit(window->used, end, at) < end);
+	bitmap_clear(window->used, at, end - at);
 	mutex_unlock(&window->lock);
 }

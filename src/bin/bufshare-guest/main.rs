@@ -12,6 +12,8 @@ mod latency;
 mod picture;
 mod points;
 mod relay;
+mod rules;
+mod snatch;
 mod stress;
 mod swapchain;
 mod uapi;
@@ -57,6 +59,10 @@ enum Command {
     Produce(swapchain::Produce),
     /// See the frames of another peer's `produce`, each of them.
     Consume(swapchain::Consume),
+    /// Check what the driver allows those who share a buffer in this guest.
+    Rules(rules::Rules),
+    /// Take buffers back while another guest attaches them, or be that guest.
+    Snatch(snatch::Snatch),
     /// Show the device and its limits.
     Info,
     /// List who can be granted a buffer.
@@ -277,6 +283,8 @@ fn run(args: &Args) -> Result<(), Failure> {
         Command::Points(points) => points.run(&open()?, &args.device),
         Command::Produce(produce) => produce.run(&open()?),
         Command::Consume(consume) => consume.run(&open()?),
+        Command::Rules(rules) => rules.run(&args.device),
+        Command::Snatch(snatch) => snatch.run(&open()?),
         Command::Info => info(&open()?),
         Command::Peers => peers(&open()?),
         Command::Offers => offers(&open()?),

@@ -286,7 +286,7 @@ struct bufshare_peer {
  * @fd: out: a dma-buf, close-on-exec
  * @mode: out: BUFSHARE_MODE_ZERO_COPY: @fd is the exporter's memory; BUFSHARE_MODE_COPY: a copy
  *	that BUFSHARE_IOC_SYNC or DMA_BUF_IOCTL_SYNC brings up to date
- * @handle: out: for BUFSHARE_IOC_SYNC, BUFSHARE_IOC_QUERY and events; 0: an export of this guest
+ * @handle: out: for BUFSHARE_IOC_SYNC, BUFSHARE_IOC_QUERY and events; 0: an export of this file
  * @offset: out: where the buffer begins in @fd, bytes; not 0 only for an own part
  * @size: out: bytes
  * @generation: out: how often the content was declared complete
@@ -298,8 +298,9 @@ struct bufshare_peer {
  * The attachment lasts as long as the dma-buf. When it is revoked, the exporter goes or the session
  * of the device ends, whoever has @fd mapped gets SIGBUS, and everything else on it fails.
  *
- * An export of this guest comes back as the dma-buf that was exported, without name, metadata and
- * generation.
+ * An export of this open file comes back as the dma-buf that was exported, of a part that of its
+ * pool, without name, metadata and generation. Other exports of this guest are ENOENT, as all that
+ * was not granted to it: a UUID is no right. Who is to use one in this guest is given its dma-buf.
  */
 struct bufshare_attach {
 	__u8 uuid[16];
