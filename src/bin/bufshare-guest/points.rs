@@ -15,6 +15,8 @@ use crate::fences::expect;
 use crate::{Failure, line, uapi};
 
 const A_WHILE: Duration = Duration::from_millis(50);
+/// For a thread to be waiting: under KASAN a system call takes long.
+const UNDER_WAY: Duration = Duration::from_millis(500);
 const SOON: Duration = Duration::from_secs(5);
 /// A point that nobody signals.
 const NEVER: u64 = u64::MAX;
@@ -88,7 +90,7 @@ fn meanwhile(
 ) -> Result<i32, Failure> {
     std::thread::scope(|scope| {
         let waits = scope.spawn(|| errno(device.wait(point, Some(SOON))));
-        std::thread::sleep(A_WHILE);
+        std::thread::sleep(UNDER_WAY);
         act()?;
         Ok(waits.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
     })
