@@ -25,6 +25,7 @@ use std::time::Duration;
 use crate::ids::{FileId, PlaceId, WindowRange};
 use crate::limits::{ECHO_WAIT, GRANULE, VMM_REGIONS};
 use crate::protocol::Status;
+use place::Echo;
 pub use place::{Outcome, Place, Step, Todo};
 
 /// How mappings become known to be in effect.
@@ -223,7 +224,7 @@ impl<T: Clone> Window<T> {
         if !done {
             return self.gone(id);
         }
-        if place.echoed || !place.wanted {
+        if place.echo == Echo::Now || !place.wanted {
             return self.shown(id);
         }
         let wait = if self.echoes == Echoes::No { Duration::ZERO } else { ECHO_WAIT };
@@ -252,9 +253,10 @@ impl<T: Clone> Window<T> {
         Outcome::Gone { map, unmap, what }
     }
 
-    /// The VMM answered SHMEM_UNMAP.
+    /// The VMM answered SHMEM_UNMAP. QEMU refuses what it unmapped by itself when its guest was reset.
     pub fn unmapped(&mut self, id: PlaceId, done: bool) -> Vec<Outcome<T>> {
-        if done { vec![self.gone(id)] } else { self.stays(id) }
+        let left = self.places.get(&id).is_some_and(|place| place.echo == Echo::Gone);
+        if done || left { vec![self.gone(id)] } else { self.stays(id) }
     }
 
     /// Those who waited for the place are turned away.
@@ -303,14 +305,18 @@ impl<T: Clone> Window<T> {
             .places
             .iter()
             .filter(|(_, place)| place.is_out())
-            .map(|(id, place)| (!place.echoed, *id))
+            .map(|(id, place)| (place.echo != Echo::Now, *id))
             .collect();
         ids.sort_unstable();
         let mut out = Vec::new();
         for (_, id) in ids {
             let Some(place) = self.places.get_mut(&id) else { continue };
-            place.echoed = take(place);
-            if place.echoed {
+            place.echo = match (take(place), place.echo) {
+                (true, _) => Echo::Now,
+                (false, Echo::None) => Echo::None,
+                (false, _) => Echo::Gone,
+            };
+            if place.echo == Echo::Now {
                 self.echoes = Echoes::Yes;
                 if matches!(place.step, Step::Acked(_)) {
                     out.push(self.shown(id));

@@ -25,6 +25,16 @@ pub enum Step {
     Stuck,
 }
 
+/// Whether the VMM echoes a place as memory of its guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Echo {
+    /// Not yet.
+    None,
+    Now,
+    /// It did: it unmapped the place by itself, or hides the window from its guest.
+    Gone,
+}
+
 /// A range of the window and what it shows.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Place<T> {
@@ -40,7 +50,7 @@ pub struct Place<T> {
     pub what: T,
     pub(super) step: Step,
     pub(super) wanted: bool,
-    pub(super) echoed: bool,
+    pub(super) echo: Echo,
     /// Whose MAP, and whose UNMAP, is answered when the VMM has answered.
     pub(super) map: Option<u64>,
     pub(super) unmap: Option<u64>,
@@ -101,7 +111,7 @@ impl<T> Place<T> {
             what,
             step: Step::Asked,
             wanted: true,
-            echoed: false,
+            echo: Echo::None,
             map: Some(map),
             unmap: None,
         }

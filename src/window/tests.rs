@@ -147,6 +147,24 @@ fn a_refusal_leaves_nothing_and_a_refused_unmap_a_place_that_nobody_gets() {
 }
 
 #[test]
+fn what_the_vmm_unmapped_by_itself_is_gone() {
+    let mut w = one_shown();
+    w.kill(PlaceId(1));
+    ask(&mut w, 2, 0);
+    assert_eq!(w.memory(&[RAM]), (vec![], false), "or its guest does not see the window now");
+    assert_eq!(sent(&mut w, NOW), Some(("unmap", 1)), "so it is asked");
+    let gone = Outcome::Gone { map: None, unmap: None, what: 1 };
+    assert_eq!(w.unmapped(PlaceId(1), false), [gone]);
+    assert_eq!(sent(&mut w, NOW), Some(("map", 2)));
+    // What was not echoed yet may be there all the same.
+    w.mapped(PlaceId(2), true, NOW);
+    w.kill(PlaceId(2));
+    w.memory(&[RAM]);
+    assert_eq!(sent(&mut w, NOW), Some(("unmap", 2)));
+    assert_eq!(w.unmapped(PlaceId(2), false), [Outcome::Stays { failed: vec![] }]);
+}
+
+#[test]
 fn the_vmm_never_has_more_than_it_can_hold() {
     let mut w = window();
     for id in 0..7 {
@@ -159,7 +177,7 @@ fn the_vmm_never_has_more_than_it_can_hold() {
     for id in 0..5 {
         w.mapped(PlaceId(id), true, NOW);
     }
-    // A reset: the VMM unmaps nothing by itself, and the next session sees five places again.
+    // A reset of a VMM that unmaps nothing by itself: the next session sees five places again.
     (0..7).for_each(|id| assert_eq!(w.kill(PlaceId(id)).1.is_some(), id > 4));
     for id in 10..15 {
         ask(&mut w, id, id);

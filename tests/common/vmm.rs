@@ -92,6 +92,8 @@ struct State {
     shown: BTreeMap<u64, Shown>,
     asked: Vec<Asked>,
     sins: Vec<String>,
+    /// It unmapped what it showed, unasked.
+    forgot: bool,
     stopped: Option<Instant>,
     frontend: Option<Frontend>,
     /// Nothing is done before somebody lets it; what it was asked meanwhile.
@@ -122,6 +124,7 @@ impl Vmm {
             shown: BTreeMap::new(),
             asked: Vec::new(),
             sins: Vec::new(),
+            forgot: false,
             stopped: Some(Instant::now()),
             frontend: Some(frontend),
             holds: false,
@@ -196,6 +199,13 @@ impl Vmm {
     pub fn hang_up(&self) {
         // The other end may be closed.
         let _ = self.state().channel.shutdown(std::net::Shutdown::Both);
+    }
+
+    /// Unmaps everything by itself, as QEMU does at a reset of its guest, and refuses what it is asked of that.
+    pub fn forget(&self) {
+        let mut state = self.state();
+        state.shown.clear();
+        state.forgot = true;
     }
 
     /// Descriptors of what it shows, as a process keeps them that only hung up.
@@ -342,6 +352,9 @@ impl Vmm {
             return true;
         }
         if state.shown.get(&at).is_none_or(|shown| shown.len != len) {
+            if state.forgot {
+                return false;
+            }
             state
                 .sins
                 .push(format!("SHMEM_UNMAP of {len:#x} bytes at {at:#x}, where no mapping is"));
