@@ -61,8 +61,17 @@ fn offer(device: &Device, to: &Grantee, end: Instant) -> Result<(), Failure> {
 
 fn attach(device: &Device, end: Instant) -> Result<(), Failure> {
     let (mut attached, mut revoked) = (0, 0);
-    while let Some(offered) = wait(device, uapi::EVENT_OFFERED, end)? {
-        match device.attach(Uuid::from_bytes(offered.uuid), offered.access, false) {
+    // One may be there already, and is not offered again before it was attached.
+    let mut next = device.offer(0)?.map(|offer| (offer.uuid, offer.access));
+    loop {
+        if next.is_none() {
+            let offered = wait(device, uapi::EVENT_OFFERED, end)?;
+            next = offered.map(|event| (event.uuid, event.access));
+        }
+        let Some((uuid, access)) = next.take() else {
+            return line(&format!("attached={attached} revoked={revoked}"));
+        };
+        match device.attach(Uuid::from_bytes(uuid), access, false) {
             Ok(_) => attached += 1,
             // While it was being mapped.
             Err(error) if error.errno() == libc::EOWNERDEAD => revoked += 1,
@@ -70,5 +79,4 @@ fn attach(device: &Device, end: Instant) -> Result<(), Failure> {
             Err(error) => return Err(error.into()),
         }
     }
-    line(&format!("attached={attached} revoked={revoked}"))
 }
