@@ -41,7 +41,9 @@
 #include <linux/sizes.h>
 #include <linux/spinlock.h>
 #include <linux/types.h>
+#include <linux/uuid.h>
 #include <linux/virtio.h>
+#include <linux/virtio_dma_buf.h>
 #include <linux/wait.h>
 #include <linux/workqueue.h>
 #include <linux/xarray.h>
@@ -507,6 +509,7 @@ struct bufshare_loan *bufshare_loan_new(struct bufshare_file *file);
 void bufshare_loan_put(struct bufshare_loan *loan);
 void bufshare_loan_lend(struct bufshare_loan *loan, struct bufshare_memory *memory);
 struct dma_buf *bufshare_loan_own(struct bufshare_file *file, struct bufshare_attach *arg);
+int bufshare_loan_uuid(struct dma_buf *dmabuf, uuid_t *uuid);
 struct bufshare_memory *bufshare_loan_share(struct bufshare_file *file, u64 handle, u8 *uuid);
 int bufshare_loan_answered(struct bufshare_loan *loan, u64 handle, const u8 *uuid, u32 mode);
 void bufshare_loan_end(struct bufshare_loan *loan, const struct bufshare_event *event);
@@ -557,6 +560,21 @@ int bufshare_segments(struct sg_table *sgt, bool dma, u64 size, u32 granule,
 int bufshare_memory_segments(const struct bufshare_memory *memory, u32 granule,
 			     struct virtio_bufshare_segment *out, u32 max);
 int bufshare_memory_finish(struct dma_resv *resv, bool write, unsigned long timeout);
+
+/*
+ * Our dma-bufs are of virtio's flavour: other virtio drivers can ask for their UUID. A kernel without
+ * any such driver may lack that flavour; then they are plain ones.
+ */
+#if IS_REACHABLE(CONFIG_VIRTIO_DMA_SHARED_BUFFER)
+#define bufshare_dma_buf_attach virtio_dma_buf_attach
+#else
+static inline int bufshare_dma_buf_attach(struct dma_buf *dmabuf,
+					  struct dma_buf_attachment *attach)
+{
+	return container_of_const(dmabuf->ops, struct virtio_dma_buf_ops,
+				  ops)->device_attach(dmabuf, attach);
+}
+#endif
 
 /* buffer */
 int bufshare_buffer_init(struct bufshare_buffer *buffer, u64 size, u32 granule);

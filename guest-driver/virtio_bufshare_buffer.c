@@ -229,17 +229,21 @@ static void bufshare_buffer_release(struct dma_buf *dmabuf)
 	kfree(dmabuf->priv);
 }
 
-static const struct dma_buf_ops bufshare_buffer_ops = {
-	.attach = bufshare_buffer_attach,
-	.detach = bufshare_buffer_detach,
-	.map_dma_buf = bufshare_buffer_map,
-	.unmap_dma_buf = bufshare_buffer_unmap,
-	.begin_cpu_access = bufshare_buffer_begin,
-	.end_cpu_access = bufshare_buffer_end,
-	.mmap = bufshare_buffer_mmap,
-	.vmap = bufshare_buffer_vmap,
-	.vunmap = bufshare_buffer_vunmap,
-	.release = bufshare_buffer_release,
+static const struct virtio_dma_buf_ops bufshare_buffer_ops = {
+	.ops = {
+		.attach = bufshare_dma_buf_attach,
+		.detach = bufshare_buffer_detach,
+		.map_dma_buf = bufshare_buffer_map,
+		.unmap_dma_buf = bufshare_buffer_unmap,
+		.begin_cpu_access = bufshare_buffer_begin,
+		.end_cpu_access = bufshare_buffer_end,
+		.mmap = bufshare_buffer_mmap,
+		.vmap = bufshare_buffer_vmap,
+		.vunmap = bufshare_buffer_vunmap,
+		.release = bufshare_buffer_release,
+	},
+	.device_attach = bufshare_buffer_attach,
+	.get_uuid = bufshare_loan_uuid,
 };
 
 /* The largest piece that fits into @left and is to be had without effort, or else a small one. */
@@ -359,7 +363,7 @@ struct dma_buf *bufshare_buffer_new(u64 size, u32 granule)
 		return ERR_PTR(ret);
 	}
 
-	info.ops = &bufshare_buffer_ops;
+	info.ops = &bufshare_buffer_ops.ops;
 	info.size = size;
 	info.flags = O_RDWR | O_CLOEXEC;
 	info.priv = buffer;
@@ -381,5 +385,5 @@ struct sg_table *bufshare_buffer_pages(struct dma_buf *dmabuf)
 {
 	struct bufshare_buffer *buffer = dmabuf->priv;
 
-	return dmabuf->ops == &bufshare_buffer_ops ? &buffer->sgt : NULL;
+	return dmabuf->ops == &bufshare_buffer_ops.ops ? &buffer->sgt : NULL;
 }

@@ -267,6 +267,33 @@ struct dma_buf *bufshare_loan_own(struct bufshare_file *file, struct bufshare_at
 }
 
 /**
+ * bufshare_loan_uuid() - the UUID of a dma-buf of this module
+ * @dmabuf: the dma-buf
+ * @uuid: out: of the first export of all of it
+ *
+ * Context: Process context; as an operation of the dma-buf.
+ * Return: 0, or -ENODEV if it is not exported.
+ */
+int bufshare_loan_uuid(struct dma_buf *dmabuf, uuid_t *uuid)
+{
+	struct bufshare_loan *loan;
+	int ret = -ENODEV;
+
+	spin_lock(&bufshare_loan_lock);
+	list_for_each_entry(loan, &bufshare_loans, node) {
+		if (loan->state != BUFSHARE_LOAN_LIVE || !bufshare_loan_in_session(loan) ||
+		    loan->size != dmabuf->size ||
+		    bufshare_memory_dmabuf(loan->memory) != dmabuf)
+			continue;
+		import_uuid(uuid, loan->uuid);
+		ret = 0;
+		break;
+	}
+	spin_unlock(&bufshare_loan_lock);
+	return ret;
+}
+
+/**
  * bufshare_loan_share() - the memory of a pool, for a part of it
  * @file: who asks; must own the pool
  * @handle: of the pool

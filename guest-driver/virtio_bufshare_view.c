@@ -239,9 +239,7 @@ static int bufshare_view_attach(struct dma_buf *dmabuf, struct dma_buf_attachmen
 
 	if (READ_ONCE(import->error))
 		return -ENODEV;
-	if (import->where == BUFSHARE_IN_WINDOW)
-		return attach->peer2peer ? 0 : -EOPNOTSUPP;
-	return bufshare_buffer_attach(dmabuf, attach);
+	return import->where == BUFSHARE_ON_PAGES ? bufshare_buffer_attach(dmabuf, attach) : 0;
 }
 
 static void bufshare_view_detach(struct dma_buf *dmabuf, struct dma_buf_attachment *attach)
@@ -264,9 +262,13 @@ static struct sg_table *bufshare_view_map_window(struct dma_buf_attachment *atta
 						 enum dma_data_direction direction)
 {
 	struct bufshare_import *import = bufshare_view_import(attach->dmabuf);
-	struct sg_table *sgt = kzalloc_obj(*sgt);
+	struct sg_table *sgt;
 	int ret;
 
+	/* Not in attach: who lets the CPU read it, as drivers of simple displays do, needs no more. */
+	if (!attach->peer2peer)
+		return ERR_PTR(-EOPNOTSUPP);
+	sgt = kzalloc_obj(*sgt);
 	if (!sgt)
 		return ERR_PTR(-ENOMEM);
 	ret = -EOVERFLOW;
@@ -334,19 +336,33 @@ static void bufshare_view_release(struct dma_buf *dmabuf)
 	bufshare_import_close(bufshare_view_import(dmabuf));
 }
 
-static const struct dma_buf_ops bufshare_view_ops = {
-	.attach = bufshare_view_attach,
-	.detach = bufshare_view_detach,
-	.pin = bufshare_view_pin,
-	.unpin = bufshare_view_unpin,
-	.map_dma_buf = bufshare_view_map,
-	.unmap_dma_buf = bufshare_view_unmap,
-	.begin_cpu_access = bufshare_view_begin,
-	.end_cpu_access = bufshare_view_end,
-	.mmap = bufshare_view_mmap,
-	.vmap = bufshare_view_vmap,
-	.vunmap = bufshare_view_vunmap,
-	.release = bufshare_view_release,
+static int bufshare_view_uuid(struct dma_buf *dmabuf, uuid_t *uuid)
+{
+	struct bufshare_import *import = bufshare_view_import(dmabuf);
+
+	if (READ_ONCE(import->error))
+		return -ENODEV;
+	import_uuid(uuid, import->uuid);
+	return 0;
+}
+
+static const struct virtio_dma_buf_ops bufshare_view_ops = {
+	.ops = {
+		.attach = bufshare_dma_buf_attach,
+		.detach = bufshare_view_detach,
+		.pin = bufshare_view_pin,
+		.unpin = bufshare_view_unpin,
+		.map_dma_buf = bufshare_view_map,
+		.unmap_dma_buf = bufshare_view_unmap,
+		.begin_cpu_access = bufshare_view_begin,
+		.end_cpu_access = bufshare_view_end,
+		.mmap = bufshare_view_mmap,
+		.vmap = bufshare_view_vmap,
+		.vunmap = bufshare_view_vunmap,
+		.release = bufshare_view_release,
+	},
+	.device_attach = bufshare_view_attach,
+	.get_uuid = bufshare_view_uuid,
 };
 
 /**
@@ -357,7 +373,7 @@ static const struct dma_buf_ops bufshare_view_ops = {
  */
 bool bufshare_view_is(const struct dma_buf *dmabuf)
 {
-	return dmabuf->ops == &bufshare_view_ops;
+	return dmabuf->ops == &bufshare_view_ops.ops;
 }
 
 /**
@@ -371,7 +387,7 @@ int bufshare_view_new(struct bufshare_import *import)
 	DEFINE_DMA_BUF_EXPORT_INFO(info);
 	struct dma_buf *dmabuf;
 
-	info.ops = &bufshare_view_ops;
+	info.ops = &bufshare_view_ops.ops;
 	info.size = import->size;
 	info.flags = import->access & BUFSHARE_ACCESS_WRITE ? O_RDWR : O_RDONLY;
 	info.flags |= O_CLOEXEC;

@@ -43,20 +43,21 @@ timelines_module() {
     echo "$ko"
 }
 
-# guest_image KERNEL PROGRAM: an uncompressed kernel and initramfs (the fastest to boot under emulation) with the module and the
-# guest's program; prints the directory that holds them.
+# guest_image KERNEL PROGRAM: an uncompressed kernel and initramfs (the fastest to boot under emulation) with the module, the
+# guest's program and the test bed's importer; prints the directory that holds them.
 guest_image() {
-    local kernel=$1 program=$2 ko dir work
+    local kernel=$1 program=$2 ko dir work importer
     ko=$("$VM_DIR/module" "$kernel")
-    dir=$CACHE/images/$kernel-$(cat "$ko" "$program" "$VM_DIR/guest-init" | sha256sum | cut -c1-16)
+    importer=(${ko%/*}/{bufshare_importer.ko,importer})
+    dir=$CACHE/images/$kernel-$(cat "$ko" "${importer[@]}" "$program" "$VM_DIR/guest-init" | sha256sum | cut -c1-16)
     if [ ! -e "$dir/initramfs" ]; then
         mkdir -p "$dir"
         work=$(mktemp -d)
         mkdir -p "$work"/{bin,proc,sys,dev,tmp}
         cp "$ROOTFS/usr/bin/busybox" "$work/bin/"
         ln -s busybox "$work/bin/sh"
-        cp "$ko" "$work/"
-        cp "$program" "$work/bin/"
+        cp "$ko" "${importer[0]}" "$work/"
+        cp "$program" "${importer[1]}" "$work/bin/"
         strip "$work/bin/${program##*/}"
         install -m 755 "$VM_DIR/guest-init" "$work/init"
         bash "$CACHE/linux/scripts/extract-vmlinux" "$ROOTFS/boot/vmlinuz-$(debian_kernel "$kernel")" >"$dir/vmlinux" 2>"$dir/log" ||

@@ -111,6 +111,10 @@ struct bufshare_alloc {
  *
  * Until the export is released and everybody has let go, the memory must not be used for anything
  * else; the driver keeps a reference to the dma-buf.
+ *
+ * Other virtio drivers of this guest can ask a dma-buf from BUFSHARE_IOC_ALLOC or
+ * BUFSHARE_IOC_ATTACH for the UUID, if this kernel has such drivers
+ * (CONFIG_VIRTIO_DMA_SHARED_BUFFER). Of several exports of a dma-buf it is that of the first.
  */
 struct bufshare_export {
 	__s32 fd;
@@ -301,6 +305,9 @@ struct bufshare_peer {
  * An export of this open file comes back as the dma-buf that was exported, of a part that of its
  * pool, without name, metadata and generation. Other exports of this guest are ENOENT, as all that
  * was not granted to it: a UUID is no right. Who is to use one in this guest is given its dma-buf.
+ *
+ * Other drivers of this guest can import @fd. What is seen without copies has no struct pages: it can
+ * be mapped for the CPU, and for DMA by drivers that accept peer-to-peer memory; others get EOPNOTSUPP.
  */
 struct bufshare_attach {
 	__u8 uuid[16];
