@@ -140,8 +140,7 @@ impl Session {
         hub: &Hub,
         people: &People,
     ) -> Result<Answer, &'static str> {
-        let mut fds: Vec<OwnedFd> =
-            packet.fd.take().into_iter().chain(packet.more.take()).collect();
+        let mut fds: Vec<_> = packet.fd.take().into_iter().chain(packet.more.take()).collect();
         let Ok((req, _)) = wire::Req::read_from_prefix(&packet.bytes) else {
             let broken = "a packet shorter than a header";
             if fds.is_empty() {
