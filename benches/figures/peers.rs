@@ -1,5 +1,5 @@
-//! From one VM to another: a frame by copy, beside a relay of the same bytes by bare system calls; and
-//! how long it takes to attach, map, unmap and detach.
+//! From one VM to another: a frame by copy, beside one pread and pwrite of the same bytes and beside a
+//! relay that has both VMs' memory mapped and copies; and how long it takes to attach, map, unmap and detach.
 
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
@@ -9,7 +9,7 @@ use bufshare::protocol::{RespSync, flag, vq};
 
 use crate::common::{Attach, Grant, Guest, Launch, Map, PAGE, Setup, Sync};
 use crate::driver::{Driver, Request};
-use crate::place::{pin, processors};
+use crate::place::{Pong, pin, processors};
 use crate::table::{self, Budget, side_by_side};
 
 const ROUNDS: u32 = 40;
@@ -75,6 +75,8 @@ fn frames(name: &str, size: u64) {
         }
         start.elapsed()
     };
+    let mut mapped = Pong::relay(&from, &b.memory.file(to), size);
+    pin(mapped.pid(), cpus[cpus.len() - 1]);
     let sync = |driver: &mut Driver<'_>, handle, flags| {
         driver.request::<RespSync>(&Sync { flags, handle, ..Default::default() }.bytes())
     };
@@ -95,11 +97,15 @@ fn frames(name: &str, size: u64) {
         ask(&mut b, end);
         time
     };
-    let (ours, bare) = side_by_side(
-        ROUNDS,
-        || (0..DRAWN).map(|_| frame()).collect(),
-        || (0..DRAWN).map(|_| relay()).collect(),
-    );
-    let name = format!("frame of {name}, VM to VM, against one pread and pwrite");
-    table::times(&name, ours.p50, bare.p50, Budget::None);
+    let mut against = |what: &str, bare: &mut dyn FnMut() -> Duration| {
+        let (ours, bare) = side_by_side(
+            ROUNDS,
+            || (0..DRAWN).map(|_| frame()).collect(),
+            || (0..DRAWN).map(|_| bare()).collect(),
+        );
+        let name = format!("frame of {name}, VM to VM, against {what}");
+        table::times(&name, ours.p50, bare.p50, Budget::None);
+    };
+    against("one pread and pwrite", &mut relay);
+    against("a relay", &mut || mapped.ask());
 }
