@@ -11,6 +11,7 @@ pub use bufshare::dmabuf::{FdKind, Unfit, Wish, file_id};
 use bufshare::ids::FileId;
 use bufshare::memory::{self, FileSegment};
 use bufshare::protocol::{Mode, Status};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
 use crate::world::{self, point};
@@ -20,7 +21,7 @@ use crate::world::{self, point};
 pub struct Outside {
     /// References that are not ours.
     pub foreign: AtomicUsize,
-    busy: AtomicBool,
+    pub busy: AtomicBool,
     snapshots: Mutex<Vec<PipeWriter>>,
 }
 
@@ -28,6 +29,17 @@ impl Outside {
     /// Device work begins.
     pub fn begin_work(&self) {
         self.busy.store(true, Ordering::SeqCst);
+    }
+
+    /// Snapshots that somebody still has.
+    pub fn watched(&self) -> usize {
+        let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
+        let has_reader = |snapshot: &&PipeWriter| {
+            let mut fds = [PollFd::new(*snapshot, PollFlags::OUT)];
+            poll(&mut fds, Some(&at_once)).expect("poll");
+            !fds[0].revents().contains(PollFlags::ERR)
+        };
+        self.snapshots.lock().expect("no panic").iter().filter(has_reader).count()
     }
 
     /// It is over: so are the snapshots of its fence.

@@ -173,6 +173,14 @@ impl Guest {
         self.start();
     }
 
+    /// The VMM says RESET_DEVICE; whether the rings ever run again is another matter.
+    pub fn reset_device(&mut self) {
+        self.stop();
+        if let Some((connection, _)) = &self.running {
+            connection.device.reset_device();
+        }
+    }
+
     /// The VMM stops the rings and lets them run on.
     pub fn pause(&mut self) {
         self.stop();
