@@ -1,4 +1,4 @@
-//! What the daemon's threads meet at: locks, wake-ups, the clock. `hub` and `device` take them from
+//! What the daemon's threads meet at: locks, wake-ups, the clock. `hub`, `device` and `vmm` take them from
 //! here alone: `tests/schedules` puts its own in their place and chooses which thread runs when.
 //!
 //! It does not know what is locked, or why somebody is woken.
@@ -6,12 +6,19 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::thread;
 
 use log::error;
 
 pub use std::sync::atomic::{AtomicBool, AtomicU64};
+pub use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 pub use std::sync::{Condvar, Mutex, MutexGuard, RwLock};
 pub use std::time::Instant;
+
+/// A thread that nobody waits for.
+pub fn spawn(name: String, work: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    thread::Builder::new().name(name).spawn(work).map(drop)
+}
 
 /// Wakes one thread; raised often before that thread looks, it wakes it once.
 #[derive(Debug)]

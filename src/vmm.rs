@@ -9,12 +9,9 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
-use std::thread;
-use std::time::Instant;
 
 use vhost::vhost_user::message::{VhostUserMMap, VhostUserMMapFlags, VhostUserShMemConfig};
-use vhost::vhost_user::{Backend, Error, VhostUserFrontendReqHandler};
+use vhost::vhost_user::{Error, VhostUserFrontendReqHandler};
 
 use crate::hub::{Hub, Memory, lock};
 use crate::ids::{PeerId, WindowId, WindowRange};
@@ -22,10 +19,13 @@ use crate::limits::{FIRST_ANSWER, GRANULE};
 use crate::protocol::SHM_WINDOW;
 use crate::queue::{Rings, Vring};
 use crate::registry::{Answer, Registry, Shown};
-use crate::sync::{AtomicBool, Mutex};
+use crate::sync::{AtomicBool, Instant, Mutex, RecvTimeoutError, Sender, channel, spawn};
 use crate::throttle::Throttle;
 use crate::throttled;
 use crate::window::Todo;
+
+/// Who answers on the back channel.
+pub type FrontEnd = Arc<dyn VhostUserFrontendReqHandler + Send + Sync>;
 
 /// The back channel of one connection.
 pub struct Vmm {
@@ -44,7 +44,7 @@ pub struct Vmm {
 
 #[derive(Default)]
 struct Channel {
-    backend: Option<Backend>,
+    front_end: Option<FrontEnd>,
     /// The VMM asked how large the window is, so it has one.
     has_window: bool,
     started: bool,
@@ -74,18 +74,16 @@ impl Vmm {
         VhostUserShMemConfig::new(u32::from(self.size > 0), &sizes)
     }
 
-    /// SET_BACKEND_REQ_FD. Every request asks for an answer, whether the VMM accepted REPLY_ACK or not:
-    /// without one nobody knows what it shows.
-    pub fn set_backend(self: &Arc<Vmm>, backend: Backend) {
-        backend.set_reply_ack_flag(true);
-        lock(&self.channel).backend = Some(backend);
+    /// SET_BACKEND_REQ_FD.
+    pub fn set_front_end(self: &Arc<Vmm>, front_end: FrontEnd) {
+        lock(&self.channel).front_end = Some(front_end);
         self.start();
     }
 
     /// Opens the window as soon as all that it needs is there.
     fn start(self: &Arc<Vmm>) {
         let mut channel = lock(&self.channel);
-        if channel.started || !channel.has_window || channel.backend.is_none() {
+        if channel.started || !channel.has_window || channel.front_end.is_none() {
             return;
         }
         channel.started = true;
@@ -96,12 +94,11 @@ impl Vmm {
         }
         let window = self.hub.with(|r, _| r.open_window(self.peer, self.size));
         let this = self.clone();
-        let thread = thread::Builder::new().name(format!("vmm-{}", self.name));
-        let thread = thread.spawn(move || {
+        let thread = move || {
             this.run(window);
             this.hub.channel_ends(this.peer);
-        });
-        if let Err(error) = thread {
+        };
+        if let Err(error) = spawn(format!("vmm-{}", self.name), thread) {
             throttled!(self.throttle, Warn, "{}: no window: {error}", self.name);
             self.hub.channel_ends(self.peer);
             self.hub.with(|r, _| r.close_window(self.peer));
@@ -118,7 +115,7 @@ impl Vmm {
     /// The connection is over.
     pub fn close(&self) {
         self.closed.store(true, Ordering::Release);
-        lock(&self.channel).backend = None;
+        lock(&self.channel).front_end = None;
         self.hub.with(|r, _| r.close_window(self.peer));
         self.hub.ring(self.peer);
     }
@@ -169,28 +166,27 @@ impl Vmm {
                 this.hub.with(broken);
             }
         };
-        if let Err(error) = thread::Builder::new().name(format!("vmm1-{}", self.name)).spawn(watch)
-        {
+        if let Err(error) = spawn(format!("vmm1-{}", self.name), watch) {
             throttled!(self.throttle, Warn, "{}: a VMM that is silent: {error}", self.name);
         }
         answered
     }
 
     fn ask(&self, todo: &Todo<Shown<Memory>>) -> Answer {
-        let Some(backend) = lock(&self.channel).backend.clone() else { return Answer::Broken };
+        let Some(front_end) = lock(&self.channel).front_end.clone() else { return Answer::Broken };
         // Between this look and the request lies no lock and no wait.
         match todo {
             _ if !self.may_ask() => Answer::NotAsked { place: todo.place() },
             Todo::Map { place, range, file_start, writable, what } => {
-                let done = self.map(&backend, *range, *file_start, *writable, &what.memory);
+                let done = self.map(&front_end, *range, *file_start, *writable, &what.memory);
                 done.map_or(Answer::Broken, |done| Answer::Mapped { place: *place, done })
             }
             Todo::Unmap { place, range } => {
-                let done = self.unmap(&backend, *range);
+                let done = self.unmap(&front_end, *range);
                 done.map_or(Answer::Broken, |done| Answer::Unmapped { place: *place, done })
             }
             Todo::Barrier { place, range } => {
-                let done = self.barrier(&backend, *range);
+                let done = self.barrier(&front_end, *range);
                 done.map_or(Answer::Broken, |()| Answer::Settled { place: *place })
             }
         }
@@ -199,7 +195,7 @@ impl Vmm {
     /// False where the VMM refused; `None` where the channel is of no use any more.
     fn map(
         &self,
-        backend: &Backend,
+        front_end: &FrontEnd,
         range: WindowRange,
         fd_offset: u64,
         writable: bool,
@@ -208,19 +204,19 @@ impl Vmm {
         let Some(fd) = memory.heirloom() else { return Some(false) };
         let flags = if writable { VhostUserMMapFlags::WRITABLE } else { Default::default() };
         let request = VhostUserMMap { fd_offset, flags: flags.bits(), ..request(range) };
-        self.timed("SHMEM_MAP", || backend.shmem_map(&request, &fd))
+        self.timed("SHMEM_MAP", || front_end.shmem_map(&request, &fd))
     }
 
-    fn unmap(&self, backend: &Backend, range: WindowRange) -> Option<bool> {
-        self.timed("SHMEM_UNMAP", || backend.shmem_unmap(&request(range)))
+    fn unmap(&self, front_end: &FrontEnd, range: WindowRange) -> Option<bool> {
+        self.timed("SHMEM_UNMAP", || front_end.shmem_unmap(&request(range)))
     }
 
     /// A page there and back. Never a request that could be refused: crosvm ends the VM at the first.
-    fn barrier(&self, backend: &Backend, range: WindowRange) -> Option<()> {
+    fn barrier(&self, front_end: &FrontEnd, range: WindowRange) -> Option<()> {
         let page = (range.len == GRANULE).then(|| self.hub.dmabufs.make_private(GRANULE));
         let Some(Ok(page)) = page else { return Some(()) };
-        if self.map(backend, range, 0, false, &Arc::new(page))? {
-            self.unmap(backend, range)?;
+        if self.map(front_end, range, 0, false, &Arc::new(page))? {
+            self.unmap(front_end, range)?;
         }
         Some(())
     }

@@ -23,6 +23,14 @@ use crate::memory::MemoryMap;
 use crate::protocol::vq;
 use crate::queue::{Memory, Vring};
 use crate::throttled;
+use crate::vmm::FrontEnd;
+
+impl Device {
+    /// Who shows memory in the VM's window.
+    pub fn set_front_end(&self, front_end: FrontEnd) {
+        self.vmm.set_front_end(front_end);
+    }
+}
 
 impl VhostUserBackend for Device {
     type Bitmap = ();
@@ -58,8 +66,11 @@ impl VhostUserBackend for Device {
         self.hub.wake_vm(self.peer);
     }
 
+    /// Every request asks for an answer, whether the VMM accepted REPLY_ACK or not: without one nobody
+    /// knows what it shows.
     fn set_backend_req_fd(&self, backend: Backend) {
-        self.vmm.set_backend(backend);
+        backend.set_reply_ack_flag(true);
+        self.set_front_end(Arc::new(backend));
     }
 
     fn get_shmem_config(&self) -> io::Result<VhostUserShMemConfig> {

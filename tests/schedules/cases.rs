@@ -5,14 +5,16 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bufshare::protocol::{
-    self as wire, Cancel, Event, Line, Opcode, Resp, RespAttach, RespExport, RespPoint, RespState,
-    RespSync, flag, vq,
+    self as wire, Cancel, Event, Line, Opcode, Resp, RespAttach, RespExport, RespMap, RespPoint,
+    RespState, RespSync, State, Unmap, flag, vq,
 };
 use shuttle::rand::{Rng, thread_rng};
 use uuid::Uuid;
 use zerocopy::IntoBytes;
 
-use crate::common::{Attach, Export, FREE, Grant, PAGE, READ_WRITE, Sync, handle_request, header};
+use crate::common::{
+    Attach, Export, FREE, Grant, Map, PAGE, READ_WRITE, Sync, handle_request, header,
+};
 use crate::dmabuf::Outside;
 use crate::guest::Guest;
 use crate::host::Client;
@@ -283,6 +285,93 @@ pub fn views(client: &Client) {
         let _ = client.ask(move |hub| hub.host_signal(id, lease, signal));
     }
     leave();
+}
+
+/// An exporter whose importer sees the buffer in its window, until it may not any more.
+pub fn lends(guest: &mut Guest) {
+    let handle = export(guest, &[IMPORTER]);
+    told(guest, Opcode::EvtBusy);
+    some_steps(200);
+    match thread_rng().gen_range(0..6) {
+        0 => guest.disconnect(),
+        1 => guest.reset(),
+        2 | 3 => {
+            let flags = flag::GRANT_FORCE;
+            let (peer_id, access, lifetime_ms) = (IMPORTER, 0, 0);
+            let request = Grant { flags, handle, peer_id, access, lifetime_ms };
+            guest.control::<Resp>(&request.bytes()).expect("GRANT");
+            some_steps(40);
+            take_back(guest, handle, flag::RELEASE_FORCE);
+        }
+        _ => take_back(guest, handle, if maybe() { flag::RELEASE_FORCE } else { 0 }),
+    }
+}
+
+/// RELEASE, and RELEASED in the answer or later.
+fn take_back(guest: &mut Guest, handle: u64, flags: u16) {
+    let request = handle_request(Opcode::Release, flags, handle);
+    let answer = guest.control::<RespState>(&request).expect("RELEASE");
+    match State::from_wire(answer.state.get()) {
+        Some(State::Released) => guest.note_released(handle),
+        _ => guest.until(|guest| guest.was_released(handle)),
+    }
+}
+
+/// An importer that maps it here and there, and whose VM may be paused, reset or started anew meanwhile.
+pub fn looks(guest: &mut Guest) {
+    let handle = attach(guest);
+    let mut mappings = Vec::new();
+    for _ in 0..thread_rng().gen_range(1..4) {
+        // Two at once, at the same place or not.
+        let heads: Vec<u16> = (0..thread_rng().gen_range(1..3))
+            .map(|_| {
+                let shm_offset = thread_rng().gen_range(0..2) * PAGE;
+                let map = Map { flags: 0, handle, shm_offset, len: Some(PAGE), ..Map::default() };
+                guest.submit(vq::CONTROL, &map.bytes(), size_of::<RespMap>())
+            })
+            .collect();
+        match thread_rng().gen_range(0..10) {
+            0 => {
+                guest.disconnect();
+                assert!(guest.connect(), "the daemon stays");
+                return;
+            }
+            1 => {
+                guest.reset();
+                return seen_no_longer(guest);
+            }
+            2..5 => {
+                some_steps(60);
+                guest.pause();
+            }
+            _ => {}
+        }
+        for head in heads {
+            let mapped = guest.wait::<RespMap>(vq::CONTROL, head);
+            mappings.extend(mapped.map(|mapped| mapped.mapping));
+        }
+        if maybe()
+            && let Some(mapping) = mappings.pop()
+        {
+            let unmap = Unmap { hdr: header(Opcode::Unmap, 0), mapping };
+            guest.control::<Resp>(unmap.as_bytes()).expect("UNMAP");
+        }
+    }
+    for mapping in mappings {
+        let unmap = Unmap { hdr: header(Opcode::Unmap, 0), mapping };
+        guest.control::<Resp>(unmap.as_bytes()).expect("UNMAP");
+    }
+    detach(guest, handle);
+    seen_no_longer(guest);
+}
+
+/// When nobody has anything to do any more, nothing is shown.
+fn seen_no_longer(guest: &mut Guest) {
+    for _ in 0..10 {
+        // A VMM takes some milliseconds.
+        guest.bell().pause(Duration::from_millis(5));
+    }
+    assert_eq!(guest.screen.as_ref().map(|screen| screen.shows()), Some(0), "places");
 }
 
 impl Outside {

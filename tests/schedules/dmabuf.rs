@@ -57,6 +57,8 @@ impl Outside {
 pub struct Backing {
     pages: Box<[FileSegment]>,
     private: Option<Arc<File>>,
+    /// The dma-buf of pages that are shown as they are.
+    whole: Option<Arc<File>>,
     /// What the host does with it.
     pub outside: Arc<Outside>,
 }
@@ -64,7 +66,7 @@ pub struct Backing {
 impl Backing {
     fn new(pages: Vec<FileSegment>, private: Option<Arc<File>>) -> Backing {
         world::memory_is_made();
-        Backing { pages: pages.into(), private, outside: Arc::default() }
+        Backing { pages: pages.into(), private, whole: None, outside: Arc::default() }
     }
 
     /// Pages of an importer.
@@ -83,16 +85,15 @@ impl Backing {
         Ok(Some(snapshot.into()))
     }
 
-    /// Its references are counted by the test, not by the file.
+    /// How an echo of it is told. Its references are counted by the test.
     pub fn file_id(&self) -> Option<FileId> {
-        None
+        file_id(self.heirloom()?).ok()
     }
 
     /// What a VMM gets.
     pub fn heirloom(&self) -> Option<BorrowedFd<'_>> {
         world::no_lock_is_held();
-        let pages = self.pages.first().map(|pages| &pages.file);
-        self.private.as_ref().or(pages).map(|file| file.as_fd())
+        self.private.as_ref().or(self.whole.as_ref()).map(|file| file.as_fd())
     }
 
     /// Of no client.
@@ -178,7 +179,9 @@ impl DmaBufs {
     ) -> Result<(Backing, Mode), Status> {
         world::no_lock_is_held();
         if self.zero_copy && wish.may_share {
-            return Ok((Backing::new(pages, None), Mode::ZeroCopy));
+            let mut backing = Backing::new(pages, None);
+            backing.whole = Some(private(size));
+            return Ok((backing, Mode::ZeroCopy));
         }
         Ok((Backing::new(pages, Some(private(size))), Mode::Copy))
     }
@@ -187,7 +190,9 @@ impl DmaBufs {
     #[allow(clippy::unnecessary_wraps, reason = "as the daemon's")]
     pub fn make_private(&self, size: u64) -> Result<Backing, Status> {
         world::no_lock_is_held();
-        Ok(Backing::new(Vec::new(), Some(private(size))))
+        let file = private(size);
+        let pages = vec![FileSegment { file: file.clone(), offset: 0, len: size }];
+        Ok(Backing::new(pages, Some(file)))
     }
 
     /// Whether anybody but us holds it.

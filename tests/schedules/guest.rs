@@ -21,6 +21,7 @@ use crate::host::Host;
 use crate::hub::Hub;
 use crate::ids::PeerId;
 use crate::queue::{self, Vring};
+use crate::screen::{self, Screen};
 use crate::throttle::Throttle;
 use crate::world::{self, Bell, Connection, point};
 
@@ -85,6 +86,9 @@ pub struct Guest {
     released: BTreeSet<u64>,
     running: Option<(Connection, JoinHandle<()>)>,
     event_idx: bool,
+    /// What its VMM shows, if it has a window.
+    pub screen: Option<Arc<Screen>>,
+    has_window: bool,
 }
 
 impl Guest {
@@ -114,6 +118,8 @@ impl Guest {
             released: BTreeSet::new(),
             running: None,
             event_idx: thread_rng().gen_bool(0.5),
+            screen: None,
+            has_window: false,
         };
         for ring in &guest.rings {
             let call = ring.call.try_clone().expect("eventfd");
@@ -122,10 +128,16 @@ impl Guest {
         guest
     }
 
+    /// Its VMM has a window from the next connection on.
+    pub fn with_window(&mut self) {
+        self.has_window = true;
+    }
+
     /// Connects. False where the daemon has left.
     pub fn connect(&mut self) -> bool {
+        let window = if self.has_window { screen::SIZE } else { 0 };
         let options =
-            Options { name: "vm".into(), unsealed_ram: false, revoke_on_stop: false, window: 0 };
+            Options { name: "vm".into(), unsealed_ram: false, revoke_on_stop: false, window };
         let throttle = Arc::new(Throttle::new());
         let Ok(device) = Device::new(self.hub.clone(), self.peer, options, throttle) else {
             return false;
@@ -135,12 +147,20 @@ impl Guest {
             usize::try_from(FREE - BASE + (1 << 20)).expect("small"),
             Some(self.memory.file(BASE)),
         );
-        let map = GuestMemoryMmap::from_arc_regions(vec![Arc::new(region.expect("memory"))]);
+        let region = Arc::new(region.expect("memory"));
+        let map = GuestMemoryMmap::from_arc_regions(vec![region.clone()]);
         let memory = queue::Memory::new(map.expect("memory"));
         let vring = || Vring::new(memory.clone(), QUEUE_SIZE).expect("a ring");
         let vrings: Vec<Vring> = (0..vq::COUNT).map(|_| vring()).collect();
         let device = Arc::new(device);
-        device.acked_features(config_space::features(false));
+        device.acked_features(config_space::features(self.has_window));
+        if self.has_window {
+            let screen = Screen::new(region);
+            screen.start(&device);
+            device.get_shmem_config().expect("a window");
+            device.set_front_end(screen.clone());
+            self.screen = Some(screen);
+        }
         device.update_memory(memory).expect("memory");
         let used = self.rings.iter().map(Ring::used_at).collect();
         let connection = Connection { device, vrings, used, memory: self.memory.clone() };
@@ -163,6 +183,9 @@ impl Guest {
         self.lane.bell.ring();
         worker.join().expect("no panic");
         world::disconnected(&connection.device);
+        if let Some(screen) = self.screen.take() {
+            screen.quit();
+        }
         connection.device.close();
     }
 

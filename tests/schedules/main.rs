@@ -14,6 +14,7 @@
 //! | `what_was_served_while_the_vm_was_paused_comes_back` | the worker does not flush when the rings run again |
 //! | `who_uses_a_buffer_hears_that_its_exporter_is_gone` | RESET_DEVICE does not wake the worker, or a disconnect leaves the session open |
 //! | `fences_are_watched_no_longer_than_somebody_waits` | a snapshot is kept whose BEGIN ended while it was made |
+//! | `a_window_shows_nothing_that_nobody_wants` | nobody rings for the VMM's thread, it asks while the rings do not run, or an UNMAP of a revoked place is forgotten |
 //! | `a_point_that_is_reached_wakes_all_who_wait_for_it` | SIGNAL serves nobody |
 //!
 //! `BUFSHARE_SCHEDULE_SECONDS` says for how long all of them together (26). A failure prints its schedule, which
@@ -52,6 +53,7 @@ mod dmabuf;
 mod guest;
 mod host;
 mod queue;
+mod screen;
 mod scripts;
 mod sync;
 mod world;
@@ -76,6 +78,7 @@ enum End {
     ExporterLeaves,
     Fences,
     Points,
+    Window,
 }
 
 fn schedule(end: End) {
@@ -97,6 +100,9 @@ fn schedule(end: End) {
 
     let [a, b] = [2, 3].map(|peer| Guest::new(&hub, &host, PeerId(peer)));
     for (mut guest, exports) in [(a, true), (b, false)] {
+        if end == End::Window && !exports {
+            guest.with_window();
+        }
         pokes.push(guest.poke());
         late_pokes.push(guest.poke());
         let (shared, over, busy) = (shared.clone(), over.clone(), busy.clone());
@@ -113,6 +119,8 @@ fn schedule(end: End) {
                     (End::Fences, false) => cases::gives_up(guest, &case),
                     (End::Points, true) => cases::draws(guest),
                     (End::Points, false) => cases::shows(guest),
+                    (End::Window, true) => cases::lends(guest),
+                    (End::Window, false) => cases::looks(guest),
                     (_, true) => scripts::export(guest, &shared),
                     (_, false) => scripts::import(guest, &shared),
                 }
@@ -123,7 +131,7 @@ fn schedule(end: End) {
         }));
     }
     let clients = match end {
-        End::Paused | End::ExporterLeaves => 0,
+        End::Paused | End::ExporterLeaves | End::Window => 0,
         End::Fences | End::Points => 1,
         _ => thread_rng().gen_range(1..=2),
     };
@@ -250,4 +258,9 @@ fn fences_are_watched_no_longer_than_somebody_waits() {
 #[test]
 fn a_point_that_is_reached_wakes_all_who_wait_for_it() {
     explore(RandomScheduler::new(usize::MAX), End::Points, 0.08);
+}
+
+#[test]
+fn a_window_shows_nothing_that_nobody_wants() {
+    explore(RandomScheduler::new(usize::MAX), End::Window, 0.08);
 }
