@@ -794,7 +794,7 @@ impl<'a> World<'a> {
         }
         let missed = |told: &[Told]| told.iter().any(|told| told.kind == Opcode::EvtResync);
         let mut real = Vec::new();
-        while real.len() < expected.len() || missed(&real) != missed(&expected) {
+        while real.len() < expected.len() || (missed(&expected) && !missed(&real)) {
             match self.guests[vm].event(patience()) {
                 Some(event) => real.push(Told::of(&event)),
                 None => break,
@@ -809,11 +809,18 @@ impl<'a> World<'a> {
         let [known, known_to_twin] = &mut self.knows[vm];
         real.iter().for_each(|told| known.hear(*told));
         expected.iter().for_each(|told| known_to_twin.hear(*told));
-        if missed(&expected) && missed(&real) {
-            assert_eq!(known, known_to_twin, "what VM {vm} knows in the end");
-        } else {
-            assert_eq!(real, expected, "events of VM {vm}");
+        // A VMM whose echo is late is asked for a page there and back, whose echo may make a RESYNC, too.
+        if !missed(&real) {
+            return assert_eq!(real, expected, "events of VM {vm}");
         }
+        let guest = &mut self.guests[vm];
+        wait_for(patience(), || {
+            while let Some(event) = guest.event(Duration::ZERO) {
+                known.hear(Told::of(&event));
+            }
+            known == known_to_twin
+        });
+        assert_eq!(known, known_to_twin, "what VM {vm} knows in the end");
     }
 
     /// Both say the same of everything.
