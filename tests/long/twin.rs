@@ -51,7 +51,7 @@ const PAGES: u64 = 16;
 const QUOTA: u32 = 6;
 const PEERS: [PeerId; 2] = [PeerId(2), PeerId(3)];
 const WANTS: Wants = Wants { peers: false, import: true };
-/// No wait of a script lasts as long.
+/// No wait of a script lasts as long, and no script.
 const LONG: Duration = Duration::from_secs(10);
 /// Pages of a window where something may be mapped.
 const WINDOW_PAGES: u64 = 8;
@@ -367,7 +367,12 @@ fn twin() {
         let script = (vmms, prop::collection::vec(op(), 0..120));
         let result = TestRunner::new(config).run(&script, |(vmms, ops)| {
             let mut world = World::new(&daemon, vmms);
+            let begun = Instant::now();
             for op in beginning().iter().chain(&ops) {
+                if begun.elapsed() > LONG / 2 {
+                    // On a machine that is busy with other things a wait could end by time alone.
+                    break;
+                }
                 world.step(op);
                 *taken.borrow_mut() += 1;
             }
@@ -377,7 +382,11 @@ fn twin() {
             let script: Vec<String> = ops.iter().map(|op| format!("    {op:?}")).collect();
             panic!("{why}\nthe shortest script, VMMs {vmms:?}:\n{}", script.join("\n"));
         }
+        let before = steps;
         steps += *taken.borrow();
+        if steps / 50_000 > before / 50_000 {
+            eprintln!("{steps} steps so far");
+        }
         assert_nothing_left(&daemon, fds.unwrap_or(usize::MAX));
         fds.get_or_insert_with(|| daemon.fds());
     }
