@@ -101,6 +101,8 @@ fn run(settings: Settings) -> Result<(), Box<dyn Error>> {
     };
     let host = bind(heirs::HOST, settings.host_socket.as_deref(), settings.host_uid)?;
     heirs.socket = bind(heirs::HAND_OVER, settings.hand_over.as_deref(), None)?;
+    // What is not understood, or of no use any more, would stay open for ever.
+    estate.listeners.clear();
     if let Some(manager) = manager.take() {
         let (read, write) = UnixStream::pair()?;
         signal_hook::low_level::pipe::register(SIGTERM, write)?;

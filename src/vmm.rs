@@ -38,6 +38,8 @@ pub struct Vmm {
     vrings: Arc<Mutex<Vec<Vring>>>,
     /// The worker has settled whether the guest reset its device, and the rings run.
     ready: AtomicBool,
+    /// Its thread saw, or is about to see, that it may not ask: it waits for the bell.
+    rests: AtomicBool,
     closed: AtomicBool,
     channel: Mutex<Channel>,
 }
@@ -59,8 +61,8 @@ impl Vmm {
         throttle: Arc<Throttle>,
         vrings: Arc<Mutex<Vec<Vring>>>,
     ) -> Arc<Vmm> {
-        let (ready, closed, channel) = Default::default();
-        Arc::new(Vmm { hub, peer, name, throttle, size, vrings, ready, closed, channel })
+        let (ready, rests, closed, channel) = Default::default();
+        Arc::new(Vmm { hub, peer, name, throttle, size, vrings, ready, rests, closed, channel })
     }
 
     /// GET_SHMEM_CONFIG: what regions the device has.
@@ -105,9 +107,12 @@ impl Vmm {
         }
     }
 
-    /// The worker says whether the VMM may be asked.
+    /// The worker says whether the VMM may be asked. Rings can stop and run again without its notice, but
+    /// not without a call of this.
     pub fn set_ready(&self, ready: bool) {
-        if self.ready.swap(ready, Ordering::AcqRel) != ready && ready {
+        let was_ready = self.ready.swap(ready, Ordering::AcqRel);
+        if ready && (!was_ready || self.rests.load(Ordering::Acquire)) {
+            self.rests.store(false, Ordering::Release);
             self.hub.ring(self.peer);
         }
     }
@@ -128,8 +133,11 @@ impl Vmm {
         let mut seen = 0;
         let mut first = true;
         while !self.closed.load(Ordering::Acquire) {
+            // First, so that whoever lets the rings run after this look finds it.
+            self.rests.store(true, Ordering::Release);
             let due = self.may_ask();
             let next = if due {
+                self.rests.store(false, Ordering::Release);
                 self.hub.with(|r, now| r.next_for_vmm(self.peer, window, now))
             } else {
                 None
@@ -230,7 +238,7 @@ impl Vmm {
         let Err(error) = answer else { return Some(true) };
         metrics.vmm_failures.add(1);
         let cause = error.get_ref().and_then(|cause| cause.downcast_ref::<Error>());
-        let refused = matches!(cause, Some(Error::FrontendInternalError));
+        let refused = cause.is_some_and(is_refusal);
         if refused {
             throttled!(self.throttle, Warn, "{}: the VMM refused {what}", self.name);
         } else if !self.closed.load(Ordering::Acquire) {
@@ -241,7 +249,29 @@ impl Vmm {
     }
 }
 
+/// Whether the channel is as good as before: the VMM said no, or the request was not sent because too many
+/// descriptors of this user, who may be somebody else, are on their way.
+fn is_refusal(error: &Error) -> bool {
+    match error {
+        Error::FrontendInternalError => true,
+        Error::SocketError(cause) => cause.raw_os_error() == Some(libc::ETOOMANYREFS),
+        _ => false,
+    }
+}
+
 fn request(range: WindowRange) -> VhostUserMMap {
     let WindowRange { start: shm_offset, len } = range;
     VhostUserMMap { shmid: SHM_WINDOW, shm_offset, len, ..Default::default() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn descriptors_of_others_on_their_way_do_not_break_the_channel() {
+        let socket = |errno| Error::SocketError(io::Error::from_raw_os_error(errno));
+        assert!(is_refusal(&socket(libc::ETOOMANYREFS)));
+        assert!(!is_refusal(&socket(libc::EPIPE)));
+    }
 }

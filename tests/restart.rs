@@ -2,18 +2,22 @@
 
 mod common;
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::process::Command;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use bufshare::handover;
 use bufshare::host::client::{Client, Error, Event, Loan};
 use bufshare::host::packet::{self, Wait};
 use bufshare::protocol::{Line, Mode, State, Status, access, flag};
 use common::{Daemon, Export, Grant, Guest, Launch, PAGE, Point, SOON, Sync, name, wait_for};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use rustix::io::FdFlags;
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept, bind, listen, socket_with,
+};
 use uuid::Uuid;
 
 /// One of these tests at a time: descriptors that one passes must not reach another one's daemon.
@@ -223,6 +227,40 @@ fn a_successor_takes_over_from_the_service_manager() {
         let forgets = || manager.lock().unwrap().store.is_empty();
         assert!(wait_for(SOON, forgets), "what it keeps would count as in use for ever");
     });
+}
+
+/// What a daemon of another version leaves is not understood, and not kept.
+#[test]
+fn descriptors_that_nobody_knows_are_closed() {
+    let _alone = alone();
+    let mut daemon = launch().start();
+    let before = daemon.fds();
+    daemon.kill();
+    let path = daemon.dir().join("hand-over");
+    std::fs::remove_file(&path).unwrap();
+    let listener =
+        socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None);
+    let listener = listener.unwrap();
+    bind(&listener, &SocketAddrUnix::new(&path).unwrap()).unwrap();
+    listen(&listener, 1).unwrap();
+    let (command, _) = launch().command(daemon.dir());
+    let giver = std::thread::spawn(move || {
+        let successor = accept(&listener).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        drop(listener);
+        for number in 0..20 {
+            handover::hand_over(&successor, &format!("buffer-{number}"), sealed_page().as_fd())
+                .unwrap();
+        }
+        let state = handover::state(br#"{"version":99}"#).unwrap();
+        handover::hand_over(&successor, handover::STATE, state.as_fd()).unwrap();
+        handover::end(&successor).unwrap();
+    });
+    daemon.replace(command);
+    giver.join().unwrap();
+    assert!(wait_for(SOON, || Client::connect(&daemon.host_socket(), "test").is_ok()));
+    assert!(daemon.log().contains("not understood"), "{}", daemon.log());
+    assert!(wait_for(SOON, || daemon.fds() <= before), "{before}: {:?}", daemon.fd_names());
 }
 
 #[test]

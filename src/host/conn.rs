@@ -93,11 +93,12 @@ impl Conn {
     pub fn inherit(left: LeftClient, socket: OwnedFd, hub: &Hub) -> Conn {
         let LeftClient { client, name, watch, queue } = left;
         let outgoing = |(bytes, lease): (Vec<u8>, Option<LeaseId>)| {
-            let memory = lease.and_then(|lease| {
-                let memory = hub.host_memory(client, lease)?;
-                Some((hub.dmabufs.for_consumer(&memory).ok()?, lease))
-            });
-            Outgoing { memory, ..bytes.into() }
+            let Some(lease) = lease else { return bytes.into() };
+            let memory = hub.host_memory(client, lease);
+            match memory.and_then(|memory| hub.dmabufs.for_consumer(&memory).ok()) {
+                Some(fd) => Outgoing { memory: Some((fd, lease)), ..bytes.into() },
+                None => no_memory(&bytes, client, lease, hub).unwrap_or_else(|| bytes.into()),
+            }
         };
         let mut conn = Conn::new(socket, client);
         (conn.session.name, conn.session.watch) = (name, watch);
@@ -251,17 +252,55 @@ impl Conn {
         };
         let Some((fd, lease)) = front.memory.take() else { return Err(Gone::Failed(error)) };
         drop(fd);
-        let req = zerocopy::FromBytes::read_from_prefix(&front.bytes);
-        let Ok((wire::Resp { kind, cookie, .. }, _)) = req else { return Err(Gone::Failed(error)) };
-        *front = request::refusal(kind.get(), Status::NoMem, 0, cookie.get());
-        // Nobody else can have ended it.
-        let _ = hub.host_release(self.session.client, lease, false);
+        let refused = no_memory(&front.bytes, self.session.client, lease, hub);
+        *front = refused.ok_or(Gone::Failed(error))?;
         Ok(())
     }
+}
+
+/// What is sent in place of an ACQUIRE's answer whose fd cannot be had: the lease ends.
+fn no_memory(answer: &[u8], client: ClientId, lease: LeaseId, hub: &Hub) -> Option<Outgoing> {
+    let (wire::Resp { kind, cookie, .. }, _) =
+        zerocopy::FromBytes::read_from_prefix(answer).ok()?;
+    // Nobody else can have ended it, unless it came from a daemon before this one.
+    let _ = hub.host_release(client, lease, false);
+    Some(request::refusal(kind.get(), Status::NoMem, 0, cookie.get()))
 }
 
 impl AsFd for Conn {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+    use zerocopy::{FromBytes, IntoBytes};
+
+    use super::*;
+    use crate::dmabuf::{DmaBufs, Source};
+    use crate::policy::Policy;
+
+    /// An answer that a predecessor could not send any more, of a lease whose memory is not here.
+    #[test]
+    fn an_answer_without_its_fd_is_a_refusal() {
+        let dmabufs = DmaBufs::new(&Source::Off, false).unwrap();
+        let hub = Hub::new(&[], Policy::new(Vec::new()), dmabufs).unwrap();
+        let flags = SocketFlags::CLOEXEC;
+        let (here, _there) =
+            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
+        let answer = wire::Resp {
+            kind: wire::Type::Acquire.to_wire().into(),
+            cookie: 9.into(),
+            ..Default::default()
+        };
+        let queue = vec![(answer.as_bytes().to_vec(), Some(LeaseId(3)))];
+        let left = LeftClient { client: ClientId(1), name: None, watch: None, queue };
+        let conn = Conn::inherit(left, here, &hub);
+        let sent = conn.queue.front().unwrap();
+        let (resp, _) = wire::Resp::read_from_prefix(&sent.bytes).unwrap();
+        assert_eq!(resp.status.get(), Status::NoMem.to_wire());
+        assert_eq!((resp.kind.get(), resp.cookie.get()), (answer.kind.get(), 9));
     }
 }

@@ -38,7 +38,7 @@ use crate::throttled;
 
 /// A client that took this long has had its turn.
 const TURN_TIME: Duration = Duration::from_millis(2);
-/// Pause between two looks for a free descriptor.
+/// Pause between two looks for a free descriptor, or thread.
 const RETRY: Duration = Duration::from_millis(100);
 const LISTENER: u32 = 0;
 const WAKE: u32 = 1;
@@ -269,6 +269,9 @@ impl Server {
             } else {
                 due = Some(due.map_or(RETRY, |due| due.min(RETRY)));
             }
+        }
+        if self.jobs.go_on(&self.hub) {
+            due = Some(due.map_or(RETRY, |due| due.min(RETRY)));
         }
         self.take_finished(ops);
         self.spread_news();

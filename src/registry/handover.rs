@@ -75,6 +75,11 @@ impl<H: Clone> Registry<H> {
         unknown
     }
 
+    /// The clients that have leases.
+    pub fn clients(&self) -> Vec<ClientId> {
+        self.clients.keys().copied().collect()
+    }
+
     /// The memory of a client's lease, dead or alive.
     pub fn memory_of(&self, client: ClientId, lease: LeaseId) -> Option<H> {
         let key = self.clients.get(&client)?.get(&lease)?;

@@ -183,7 +183,7 @@ impl<H: Clone> Registry<H> {
                 *next = now + *pause;
                 self.outbox.observe.insert(key);
             }
-            self.reschedule(key);
+            self.settle(key);
         }
     }
 
@@ -262,6 +262,7 @@ impl<H: Clone> Registry<H> {
         if buffer.phase == Phase::Lingering && !buffer.pages_in_use() {
             buffer.phase = Phase::Orphan;
             let owner = buffer.owner;
+            pool = self.leave_pool(key);
             if let Some(vm) = self.vms.get_mut(&owner) {
                 vm.lingering = vm.lingering.saturating_sub(1);
             }
@@ -289,16 +290,21 @@ impl<H: Clone> Registry<H> {
     fn close_handle(&mut self, key: BufferKey) -> Option<BufferKey> {
         self.clear_bits(key, |holder| holder == Holder::Exporter);
         let buffer = self.buffers.get_mut(&key)?;
-        let (session, handle, pool) = (buffer.session, buffer.handle, buffer.pool.take());
-        let pool = pool.map(|(pool, _)| pool);
+        let (session, handle) = (buffer.session, buffer.handle);
         if let Some(own) = session.client().and_then(|client| self.exporters.get_mut(&client)) {
             own.handles.remove(&handle);
         } else if let Some(vm) = self.vms.get_mut(&session.peer) {
             vm.handles.remove(&handle);
         }
-        let parent = self.buffers.get_mut(&pool?)?;
+        self.leave_pool(key)
+    }
+
+    /// A part no longer uses its pool, which is returned.
+    fn leave_pool(&mut self, key: BufferKey) -> Option<BufferKey> {
+        let (pool, _) = self.buffers.get_mut(&key)?.pool.take()?;
+        let parent = self.buffers.get_mut(&pool)?;
         parent.parts = parent.parts.saturating_sub(1);
-        pool
+        Some(pool)
     }
 
     /// Enters what is due next of a buffer, one entry a buffer.

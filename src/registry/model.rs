@@ -642,9 +642,12 @@ impl World {
 
     fn parts(&self, of: usize) -> bool {
         let part = |pool: Option<usize>| pool == Some(of);
-        !self.exports[of].over
-            && (self.exports.iter().any(|export| part(export.pool) && !export.released)
-                || self.tickets.iter().any(|(_, _, pool, ..)| part(*pool)))
+        let lives = |index: &usize| {
+            let export = &self.exports[*index];
+            part(export.pool) && !export.released && (!export.over || self.on_loan(*index))
+        };
+        (0..self.exports.len()).any(|index| lives(&index))
+            || self.tickets.iter().any(|(_, _, pool, ..)| part(*pool))
     }
 
     fn copying(&self, export: usize) -> bool {

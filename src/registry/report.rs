@@ -157,7 +157,8 @@ impl<H: Clone> Registry<H> {
         })
     }
 
-    /// The exporter, leases and attachments of a buffer from index `first` on.
+    /// The exporter, leases and attachments of a buffer from index `first` on; who does not see `all`
+    /// buffers sees no attachments of what a VM exported.
     pub fn holders(
         &self,
         uuid: Uuid,
@@ -198,7 +199,9 @@ impl<H: Clone> Registry<H> {
             };
             (Holder::Lease(lease.id), info)
         });
-        let attachments = buffer.attachments.iter().filter_map(|held| {
+        // What VMs share with each other is not for everybody; what the host lends is.
+        let all = all || buffer.owner == PeerId::HOST;
+        let attachments = buffer.attachments.iter().filter(|_| all).filter_map(|held| {
             let vm = self.vms.get(&held.importer)?;
             let attachment = vm.attachments.get(&held.handle)?;
             let info = HolderInfo {
@@ -256,7 +259,7 @@ impl<H: Clone> Registry<H> {
         let acquired = |points: &Points| points.reached(Line::Acquire, Holder::Exporter);
         Some(Holders {
             acquired: buffer.points.as_deref().map_or(0, acquired),
-            all: 1 + report.leases + report.attachments,
+            all: 1 + report.leases + if all { report.attachments } else { 0 },
             report,
             backing: buffer.backing.clone(),
             some: some.into_iter().map(|(_, info)| info).collect(),

@@ -146,8 +146,6 @@ impl<H: Clone> Registry<H> {
         self.revoke_attachments(key, |_| true);
         let Some(buffer) = self.buffers.get_mut(&key) else { return };
         buffer.grants.clear();
-        buffer.parts = 0;
-        buffer.pool = None;
         if matches!(buffer.phase, Phase::Live | Phase::Releasing) {
             buffer.phase = Phase::Lingering;
             if let Some(vm) = self.vms.get_mut(&buffer.owner) {

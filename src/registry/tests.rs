@@ -8,9 +8,9 @@ use uuid::Uuid;
 
 use super::*;
 use crate::ids::{Access, Cookie};
-use crate::limits::{MAX_LEASES, MAX_WAIT, OBSERVE_MAX, OBSERVE_MIN};
+use crate::limits::{MAX_LEASES, MAX_WAIT, NOTICE, OBSERVE_MAX, OBSERVE_MIN};
 use crate::policy::{Rule, Side};
-use crate::protocol::{Mode, NAME_LEN, State};
+use crate::protocol::{Line, Mode, NAME_LEN, State};
 
 const APP: PeerId = PeerId(2);
 const UI: PeerId = PeerId(3);
@@ -655,6 +655,43 @@ mod leases {
         w.acquire(ANNE, export);
     }
 
+    /// [dev-point-8] Nobody else is there whom the exporter could wait for.
+    #[test]
+    fn the_end_of_a_notice_ends_the_wait_for_its_release() {
+        let mut w = World::new();
+        let export = w.export();
+        w.grant(export);
+        let lease = w.acquire(ANNE, export);
+        w.registry.want_notice(ANNE, lease);
+        let (line, timeout, cookie) = (Line::Release, ms(5000), Cookie(7));
+        let wait = PointWait { line, point: 1, timeout, cookie };
+        let waits = w.registry.wait_handle(w.app, export.handle, wait, (1, 100), w.now);
+        assert_eq!(waits, Ok(Begun::Waits));
+        w.grant_request(export, |r| (r.access, r.force) = (NONE, true)).unwrap();
+        w.tick(Duration::ZERO);
+        assert_eq!(w.done(), []);
+        w.tick(NOTICE);
+        assert_eq!(w.done(), [(Origin::Vm(APP, 1), Status::Ok)]);
+    }
+
+    /// What VMs share with each other is for the operator alone.
+    #[test]
+    fn holders_shows_attachments_to_the_operator_alone() {
+        let rule = Rule { from: Side::One(APP), to: Side::One(UI), read_only: false };
+        let mut w = World::with(vec![rule]);
+        let export = w.export();
+        w.grant(export);
+        w.grant_request(export, |request| request.to = UI).unwrap();
+        w.acquire(ANNE, export);
+        let (uuid, window) = (export.uuid, false);
+        let request = AttachRequest { uuid, access: READ, zero_copy: false, window };
+        w.registry.attach(w.ui, request, w.now).unwrap();
+        for (all, count) in [(true, 3), (false, 2)] {
+            let found = w.registry.holders(uuid, (0, 10), all, w.now).unwrap();
+            assert_eq!((found.some.len(), found.all), (count, count), "{found:?}");
+        }
+    }
+
     #[test]
     fn thousands_of_leases_end_in_one_go() {
         let mut w = World::new();
@@ -1162,6 +1199,23 @@ mod sessions {
         w.end(ANNE, lease);
         w.look(false);
         assert_eq!(w.registry.bytes_charged(), 0);
+    }
+
+    /// [dev-linger-2] [dev-reset-6] Its pages are those of its part.
+    #[test]
+    fn a_pool_lingers_with_its_last_part() {
+        let mut w = World::new();
+        let pool = w.export();
+        let parts = [w.part(pool), w.part(pool)];
+        w.grant(parts[1]);
+        let lease = w.acquire(ANNE, parts[1]);
+        w.app = w.registry.open_session(APP, true).unwrap();
+        assert_eq!(w.registry.lingering(APP), 2, "the pool and the part that is held");
+        assert_eq!(w.registry.query_linger(w.app, 0).unwrap().use_count, 1);
+        w.end(ANNE, lease);
+        w.look(false);
+        assert_eq!((w.registry.lingering(APP), w.registry.bytes_charged()), (0, 0));
+        assert_eq!((w.held(), w.registry.buffer_count()), (0, 0));
     }
 
     #[test]

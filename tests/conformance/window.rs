@@ -496,6 +496,23 @@ fn a_paused_importer_sees_it_until_it_runs() {
     }
 }
 
+/// [dev-release-3] Also where nothing wakes the importer's worker while its rings are stopped: a revoke of
+/// what it was not told of last adds no event.
+#[test]
+fn a_revoke_while_the_rings_are_disabled_is_not_forgotten() {
+    let mut pair = windowed(Behaviour::default());
+    let buffer = pair.granted(1);
+    pair.see(&buffer, READ_WRITE, 0);
+    pair.a.end(sync(&buffer, WRITE)).expect("END");
+    std::thread::sleep(QUIET);
+    pair.b.pause(Stop::DisableOnly);
+    pair.a.release_force(buffer.handle).expect("RELEASE");
+    std::thread::sleep(3 * QUIET);
+    assert_eq!(pair.b.window().shown().len(), 1);
+    pair.b.resume();
+    assert!(wait_for(SOON, || pair.b.window().shown().is_empty()));
+}
+
 /// [dev-release-3] A VMM that is gone shows nothing; one that only hung up still does.
 #[test]
 fn a_closed_connection_proves_nothing() {

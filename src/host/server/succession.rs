@@ -38,6 +38,14 @@ impl Server {
             let interest = conn.interest();
             self.conns.insert(token, (conn, Some(interest)));
         }
+        // Who died after its leases were listed and before it was is nobody's client.
+        let here =
+            |client: &ClientId| self.conns.values().any(|(conn, _)| conn.client() == *client);
+        for client in self.hub.read(|registry| registry.clients()) {
+            if !here(&client) {
+                self.hub.client_gone(client);
+            }
+        }
     }
 
     /// Ends the VMs' sessions, tells the clients as much as they take, and leaves everything.
@@ -77,5 +85,48 @@ impl Server {
         let result = std::mem::take(&mut self.heirs).leave(heir, estate);
         info!("{count} buffers and {clients} clients are left to the successor");
         *self.over.lock().unwrap_or_else(PoisonError::into_inner) = Some(result);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::dmabuf::{Backing, DmaBufs, FdKind, Source};
+    use crate::hub::{Hub, VmSpec};
+    use crate::ids::LeaseId;
+    use crate::limits::Quota;
+    use crate::policy::Policy;
+    use crate::registry::Left;
+
+    /// A client died between the listing of its leases and that of the clients.
+    #[test]
+    fn leases_of_nobody_end() {
+        let dmabufs = DmaBufs::new(&Source::Off, false).unwrap();
+        let vms = [VmSpec { name: "a".to_owned(), quota: Quota::default() }];
+        let mut hub = Hub::new(&vms, Policy::new(Vec::new()), dmabufs).unwrap();
+        let lease = serde_json::json!({
+            "id": 5, "client": 7, "access": { "read": true, "write": false }, "revoked": true,
+            "since": Duration::ZERO, "notice": false, "ends": null,
+        });
+        let name = [0u8; crate::protocol::NAME_LEN];
+        let left: Left = serde_json::from_value(serde_json::json!({
+            "uuid": uuid::Uuid::from_u128(1), "vm": "a", "observable": false, "copied": true,
+            "what": {
+                "size": 4096, "access": { "read": true, "write": false }, "name": name,
+                "metadata_type": 0, "metadata": [],
+            },
+            "generation": 0, "leases": [lease],
+        }))
+        .unwrap();
+        let memory = Backing::inherited(File::open("/dev/null").unwrap().into(), FdKind::Memfd);
+        hub.inherit(vec![(left, memory.into())], LeaseId(5), Duration::from_secs(1));
+        assert_eq!(hub.read(|registry| registry.lease_count()), 1);
+        let mut server = Server::new(hub.into(), None).unwrap();
+        server.inherit(Vec::new(), ClientId(7), Heirs::default());
+        assert_eq!(server.hub.read(|registry| registry.lease_count()), 0);
+        assert_eq!(server.hub.read(|registry| registry.buffer_count()), 0);
     }
 }
