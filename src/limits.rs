@@ -83,6 +83,9 @@ pub const MAX_HOST_EXPORTS: u32 = 4096;
 pub const MAX_CLIENT_BYTES: u64 = 1 << 30;
 /// See [`MAX_CLIENT_BYTES`].
 pub const MAX_HOST_BYTES: u64 = 4 << 30;
+/// How long a copy of a client's dma-buf may wait for a fence that came at the last moment: those that
+/// were there before it are not waited for at all.
+pub const LENT_WAIT: Duration = Duration::from_millis(250);
 /// How long a lease lives on after the exporter took the buffer back by force, where its client asked
 /// for notice: a few frames.
 pub const NOTICE: Duration = Duration::from_secs(1);

@@ -46,6 +46,7 @@ const CALLS: &[libc::c_long] = &[
     libc::SYS_statx,
     libc::SYS_lseek,
     libc::SYS_ftruncate,
+    libc::SYS_fallocate,
     libc::SYS_memfd_create,
     libc::SYS_eventfd2,
     libc::SYS_timerfd_create,

@@ -6,7 +6,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use rustix::fs::{MemfdFlags, SealFlags};
+use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
 
 use crate::limits::COPY_STEP;
 use crate::memory::{COPY_NAME, FileSegment};
@@ -18,6 +18,12 @@ pub fn private(size: u64) -> io::Result<OwnedFd> {
     rustix::fs::ftruncate(&fd, size)?;
     rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
     Ok(fd)
+}
+
+/// Gives back the pages of a private memfd. Who writes to it after that does so on its own account.
+pub fn empty(file: BorrowedFd<'_>, size: u64) -> io::Result<()> {
+    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    Ok(rustix::fs::fallocate(file, flags, 0, size)?)
 }
 
 /// Copies the bytes of one list of segments to another of the same length. Returns the bytes copied.

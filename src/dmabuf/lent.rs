@@ -7,6 +7,10 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::sync_channel;
+use std::thread;
+use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{OFlags, SealFlags};
@@ -14,8 +18,16 @@ use rustix::fs::{OFlags, SealFlags};
 use super::{Backing, DmaBufs, label};
 use crate::ids::Access;
 use crate::ioctl::{DmaBufSync, Mapping, dma_buf_sync};
-use crate::limits::COPY_STEP;
+use crate::limits::{COPY_STEP, LENT_WAIT};
 use crate::memory::{FileSegment, is_dma_buf, is_tmpfs};
+
+/// A client's dma-buf as it is mapped here.
+#[derive(Debug)]
+pub(super) struct Lent {
+    map: Mapping,
+    /// Threads that wait in the kernel for its fences, and that nobody waits for.
+    stuck: Arc<AtomicUsize>,
+}
 
 /// Why the descriptor of a client is not taken in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -56,7 +68,9 @@ impl Backing {
     pub fn copy_out(&self, offset: u64, to: &[FileSegment]) -> io::Result<u64> {
         let map = self.mapped.as_ref().ok_or(io::ErrorKind::InvalidInput)?;
         self.bracket(Access::READ, || {
-            each_step(offset, to, |at, file, place, len| map.write_to(at, len, file.as_fd(), place))
+            each_step(offset, to, |at, file, place, len| {
+                map.map.write_to(at, len, file.as_fd(), place)
+            })
         })
     }
 
@@ -65,7 +79,7 @@ impl Backing {
         let map = self.mapped.as_ref().ok_or(io::ErrorKind::InvalidInput)?;
         self.bracket(Access::WRITE, || {
             each_step(offset, from, |at, file, place, len| {
-                map.read_from(at, len, file.as_fd(), place)
+                map.map.read_from(at, len, file.as_fd(), place)
             })
         })
     }
@@ -75,18 +89,57 @@ impl Backing {
         Access { read, write }: Access,
         copy: impl FnOnce() -> io::Result<u64>,
     ) -> io::Result<u64> {
-        let fd = self.fd.as_ref().ok_or(io::ErrorKind::InvalidInput)?.as_fd();
+        let fd = self.fd.as_ref().ok_or(io::ErrorKind::InvalidInput)?;
+        let lent = self.mapped.as_ref().ok_or(io::ErrorKind::InvalidInput)?;
         // DMA_BUF_IOCTL_SYNC would wait for these for ever.
         let wanted = if write { PollFlags::OUT } else { PollFlags::IN };
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
         if poll(&mut [PollFd::new(&fd, wanted)], Some(&now))? == 0 {
             return Err(io::Error::new(io::ErrorKind::WouldBlock, "a dma-buf has pending fences"));
         }
-        dma_buf_sync(fd, DmaBufSync { end: false, read, write })?;
+        let (one, other) = (fd.try_clone()?, fd.try_clone()?);
+        let begin = move || dma_buf_sync(one.as_fd(), DmaBufSync { end: false, read, write });
+        let end = DmaBufSync { end: true, read, write };
+        let end_late = move || drop(dma_buf_sync(other.as_fd(), end));
+        within(LENT_WAIT, &lent.stuck, begin, end_late)?;
         let copied = copy();
-        dma_buf_sync(fd, DmaBufSync { end: true, read, write })?;
+        dma_buf_sync(fd.as_fd(), end)?;
         copied
     }
+}
+
+/// Begins on a thread of its own, and waits so long for it. A fence that came after the look at them is
+/// waited for in the kernel without bound: then the thread is left behind, and `stuck` until it has ended
+/// what it began. There is one a buffer, or a few where several VMs were about to copy.
+fn within(
+    limit: Duration,
+    stuck: &Arc<AtomicUsize>,
+    begin: impl FnOnce() -> io::Result<()> + Send + 'static,
+    end: impl FnOnce() + Send + 'static,
+) -> io::Result<()> {
+    let pending = || io::Error::new(io::ErrorKind::WouldBlock, "a dma-buf has pending fences");
+    if stuck.load(Ordering::Acquire) > 0 {
+        return Err(pending());
+    }
+    // Without room in it: what is sent is received, or nobody waits any more.
+    let (began, wait) = sync_channel(0);
+    let late = stuck.clone();
+    let run = move || {
+        let result = begin();
+        let begun = result.is_ok();
+        if began.send(result).is_err() {
+            if begun {
+                end();
+            }
+            late.fetch_sub(1, Ordering::AcqRel);
+        }
+    };
+    thread::Builder::new().name("lent-sync".to_owned()).spawn(run)?;
+    let Ok(result) = wait.recv_timeout(limit) else {
+        stuck.fetch_add(1, Ordering::AcqRel);
+        return Err(pending());
+    };
+    result
 }
 
 fn each_step(
@@ -181,5 +234,32 @@ fn lend_dma_buf(fd: OwnedFd, size: u64, access: Access) -> Result<Backing, Unfit
     }
     let map =
         Mapping::new(&fd, len, access.write).map_err(|error| Unfit::Map.unless_full(&error))?;
-    Ok(Backing { fd: Some(fd), pages: Box::default(), private: None, mapped: Some(map) })
+    let mapped = Some(Lent { map, stuck: Arc::default() });
+    Ok(Backing { fd: Some(fd), pages: Box::default(), private: None, mapped })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc::channel;
+
+    #[test]
+    fn a_fence_that_comes_at_the_last_moment_is_not_waited_for() {
+        let limit = Duration::from_millis(20);
+        let stuck = Arc::default();
+        let (release, fence) = channel::<()>();
+        let (ended, end) = channel();
+        let begin = move || fence.recv().map_err(io::Error::other);
+        let blocked = within(limit, &stuck, begin, move || ended.send(()).expect("heard"));
+        assert_eq!(blocked.unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        let never = || panic!("one thread of a buffer is enough");
+        let next = within(limit, &stuck, never, || ());
+        assert_eq!(next.unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        release.send(()).unwrap();
+        end.recv_timeout(10 * limit).expect("what began is ended");
+        while stuck.load(Ordering::Acquire) > 0 {
+            thread::yield_now();
+        }
+        within(50 * limit, &stuck, || Ok(()), || panic!("its caller ends it")).unwrap();
+    }
 }

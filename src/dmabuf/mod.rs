@@ -45,7 +45,7 @@ pub struct Backing {
     /// The private copy, in COPY mode.
     private: Option<Arc<File>>,
     /// A host client's dma-buf, for copies. It has no pages.
-    mapped: Option<ioctl::Mapping>,
+    mapped: Option<lent::Lent>,
 }
 
 impl Backing {
@@ -99,6 +99,18 @@ impl Backing {
         let pages = self.part(offset, len)?;
         let private = self.private.clone();
         Ok(private.map_or(pages, |file| vec![FileSegment { file, offset, len }]))
+    }
+}
+
+impl Drop for Backing {
+    /// A VMM may keep a window's copy after UNMAP: its pages must not stay on our account.
+    fn drop(&mut self) {
+        if let ([all], Some(file)) = (&*self.pages, &self.private)
+            && Arc::ptr_eq(&all.file, file)
+            && let Err(error) = copy::empty(file.as_fd(), all.len)
+        {
+            log::debug!("a window's copy could not be emptied: {error}");
+        }
     }
 }
 
@@ -220,13 +232,15 @@ impl DmaBufs {
         Ok((Backing { fd, pages, private: Some(private), mapped: None }, Mode::Copy))
     }
 
-    /// Memory of its own for one mapping in a window: what consumers see is all that there is.
+    /// Memory of its own for one mapping in a window: what consumers see is all that there is. It is
+    /// no dma-buf, whose pages stay until the VMM closes it: when it is dropped it is emptied.
     ///
     /// NOMEM and IO where the host fails.
     pub fn make_private(&self, size: u64) -> Result<Backing, Status> {
-        let (file, fd) = self.private(size, "window")?;
+        let file = copy::private(size).map_err(|error| refused(&error))?;
+        let file = Arc::new(File::from(file));
         let pages = Box::new([FileSegment { file: file.clone(), offset: 0, len: size }]);
-        Ok(Backing { fd, pages, private: Some(file), mapped: None })
+        Ok(Backing { fd: None, pages, private: Some(file), mapped: None })
     }
 
     /// A private copy, and a dma-buf of it where there can be one.

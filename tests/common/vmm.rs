@@ -175,6 +175,13 @@ impl Vmm {
         self.state().shown.iter().map(|(at, shown)| (*at, shown.len)).collect()
     }
 
+    /// What it was given for the mapping there; it may keep it.
+    #[track_caller]
+    pub fn file(&self, at: u64) -> File {
+        let state = self.state();
+        state.shown.get(&at).expect("a mapping").file.try_clone().expect("dup")
+    }
+
     /// The guest reads its window; `None` where nothing is shown.
     pub fn read(&self, at: u64, len: usize) -> Option<Vec<u8>> {
         let state = self.state();

@@ -125,6 +125,22 @@ fn readers_see_a_copy_of_their_own() {
     pair.b.attach(Attach { flags: flag::ATTACH_ZERO_COPY, ..request }).refused(Status::Access);
 }
 
+/// A VMM that keeps what it unmapped keeps no memory of the daemon's.
+#[test]
+fn a_copy_that_was_unmapped_is_empty() {
+    use std::os::unix::fs::MetadataExt;
+    let mut pair = windowed(Behaviour::default());
+    let buffer = pair.granted(4);
+    pair.a.end(sync(&buffer, WRITE)).expect("END");
+    let Seen { held, mapping, at } = pair.see(&buffer, access::READ, 0);
+    pair.b.begin(sync(&held, READ)).expect("BEGIN");
+    let kept = pair.b.window().file(at);
+    let blocks = || kept.metadata().expect("fstat").blocks();
+    assert_ne!(blocks(), 0);
+    pair.b.unmap(mapping).expect("UNMAP");
+    assert!(wait_for(SOON, || blocks() == 0), "{} blocks", blocks());
+}
+
 /// [dev-attach-3] [dev-map-7]
 #[test]
 fn who_wants_no_copy_gets_what_it_wants_where_it_can() {
