@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use super::sync::Ended as Ends;
+use super::sync::{Ended as Ends, SyncState};
 use super::{
     Buffer, Copy, CopyTicket, Done, Holder, Move, Notice, Origin, Phase, Place, Registry, View,
     Waiter,
@@ -140,11 +140,12 @@ impl<H: Clone> Registry<H> {
         let sync = self.buffers.get_mut(&key).ok_or(Status::NoEnt)?.sync();
         match (at_once, unless) {
             (true, _) if fences => {
-                sync.reserve(&waiter);
+                sync.reserve(holder, request.bits);
                 self.await_fences(key, waiter);
             }
             (true, _) => {
-                sync.begin(holder, request.bits);
+                sync.reserve(holder, request.bits);
+                sync.grant(holder, request.bits);
                 return Ok(Begun::Now(generation));
             }
             (false, Some(status)) => return Err(status),
@@ -219,7 +220,7 @@ impl<H: Clone> Registry<H> {
         if bits.write && self.host_sees(key) {
             self.outbox.notices.push(Notice::Changed { uuid, generation, writer });
         }
-        self.clear(key, |who| who == holder, bits);
+        self.clear(key, holder, bits);
         generation
     }
 
@@ -310,13 +311,21 @@ impl<H: Clone> Registry<H> {
         if let Some(points) = self.buffers.get_mut(&key).and_then(|b| b.points.as_mut()) {
             points.leave(&gone);
         }
-        self.clear(key, gone, Access::ALL);
+        self.change_bits(key, |sync| sync.leave(gone));
     }
 
-    pub(super) fn clear(&mut self, key: BufferKey, holders: impl Fn(Holder) -> bool, bits: Access) {
+    pub(super) fn clear(&mut self, key: BufferKey, holder: Holder, bits: Access) {
+        self.change_bits(key, |sync| sync.end(holder, bits));
+    }
+
+    pub(super) fn change_bits(
+        &mut self,
+        key: BufferKey,
+        change: impl FnOnce(&mut SyncState) -> Ends,
+    ) {
         let Some(buffer) = self.buffers.get_mut(&key) else { return };
         let Some(sync) = &mut buffer.sync else { return };
-        let served = sync.end(holders, bits);
+        let served = change(sync);
         self.done(key, served);
     }
 
@@ -334,7 +343,7 @@ impl<H: Clone> Registry<H> {
             if status == Status::Ok
                 && let Some(buffer) = self.buffers.get_mut(&key)
             {
-                buffer.sync().keep(&waiter);
+                buffer.sync().grant(waiter.holder, waiter.want);
             }
             let generation = self.buffers.get(&key).map_or(0, |buffer| buffer.generation);
             self.tell_end(waiter, status, generation);

@@ -157,6 +157,59 @@ fn a_copy_that_failed_leaves_no_bit_behind() {
     assert_eq!(w.begin_exporter(export, at_once(WRITE)), Ok(Begun::Now(0)));
 }
 
+/// [dev-sync-20] [dev-chain-14]
+#[test]
+fn a_copy_that_failed_takes_back_only_what_its_begin_was_given() {
+    for (before, failing, kept) in [(READ, READ, READ), (READ, ALL, READ), (WRITE, ALL, WRITE)] {
+        let mut w = friends();
+        let (export, handle) = w.shared(Mode::ZeroCopy);
+        w.begin_ui(handle, before).unwrap();
+        if before.read {
+            let (ticket, _) = w.fill(handle);
+            w.registry.finish_copy(ticket, true);
+        }
+        w.begin_ui(handle, failing).unwrap();
+        let filled = w.registry.fill(w.ui, handle, &begin(failing)).unwrap();
+        w.registry.finish_copy(filled.unwrap().0, false);
+        let reads = if kept.write { Err(Status::Again) } else { Ok(Begun::Now(0)) };
+        assert_eq!(w.begin_exporter(export, at_once(READ)), reads, "{before:?} {failing:?}");
+        assert_eq!(w.begin_exporter(export, at_once(WRITE)), Err(Status::Again));
+        w.registry.end_handle(w.ui, handle, begin(READ)).unwrap();
+        let writes = if kept.write { Err(Status::Again) } else { Ok(Begun::Now(0)) };
+        assert_eq!(w.begin_exporter(export, at_once(WRITE)), writes);
+    }
+}
+
+#[test]
+fn of_two_begins_that_copy_at_once_each_keeps_its_bits_or_loses_them() {
+    for first_fails in [true, false] {
+        let mut w = friends();
+        let (export, handle) = w.shared(Mode::ZeroCopy);
+        w.begin_ui(handle, READ).unwrap();
+        w.begin_ui(handle, READ).unwrap();
+        let (one, other) = (w.fill(handle).0, w.fill(handle).0);
+        w.registry.finish_copy(one, !first_fails);
+        assert_eq!(w.begin_exporter(export, at_once(WRITE)), Err(Status::Again));
+        w.registry.finish_copy(other, first_fails);
+        assert_eq!(w.begin_exporter(export, at_once(WRITE)), Err(Status::Again));
+        w.registry.end_handle(w.ui, handle, begin(READ)).unwrap();
+        assert_eq!(w.begin_exporter(export, at_once(WRITE)), Ok(Begun::Now(0)));
+    }
+}
+
+#[test]
+fn who_leaves_while_its_begin_copies_holds_nothing() {
+    let mut w = friends();
+    let (export, handle) = w.shared(Mode::ZeroCopy);
+    w.begin_ui(handle, READ).unwrap();
+    let (ticket, _) = w.fill(handle);
+    w.registry.unmap(w.ui, MappingId(1), 0).unwrap();
+    w.registry.detach(w.ui, handle).unwrap();
+    assert_eq!(w.begin_exporter(export, at_once(WRITE)), Ok(Begun::Now(0)));
+    w.registry.finish_copy(ticket, true);
+    assert_eq!(w.begin_exporter(export, at_once(WRITE)), Ok(Begun::Now(0)));
+}
+
 #[test]
 fn only_what_is_both_mapped_and_asked_for_moves() {
     let mut w = friends();

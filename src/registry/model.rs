@@ -332,6 +332,8 @@ struct Export {
     offered: bool,
     bits: Vec<(Holder, Access)>,
     queue: Vec<Waiter>,
+    /// Granted with these bits, and not answered before they copied.
+    copying: Vec<(Holder, Access)>,
     /// With their bits in front of fences, and whether those were looked at.
     fenced: Vec<(Waiter, bool)>,
     /// The host had the dma-buf.
@@ -418,8 +420,10 @@ impl Export {
     }
 
     fn held(&self, holder: Holder) -> Access {
-        let fenced = self.fenced.iter().filter(|(waiter, _)| waiter.holder == holder);
-        fenced.fold(self.set(holder), |bits, (waiter, _)| bits.union(waiter.want))
+        let fenced = self.fenced.iter().map(|(waiter, _)| (waiter.holder, waiter.want));
+        let all = self.bits.iter().chain(&self.copying).copied().chain(fenced);
+        let own = all.filter(|(who, _)| *who == holder);
+        own.fold(Access::NONE, |bits, (_, more)| bits.union(more))
     }
 
     fn released_by(&self, holder: Holder) -> (u64, Status) {
@@ -428,7 +432,7 @@ impl Export {
     }
 
     fn holders(&self) -> Vec<Holder> {
-        let set = self.bits.iter().map(|(who, _)| *who);
+        let set = self.bits.iter().chain(&self.copying).map(|(who, _)| *who);
         let mut all: Vec<_> = set.chain(self.fenced.iter().map(|(w, _)| w.holder)).collect();
         all.sort_by_key(|who| format!("{who:?}"));
         all.dedup();
@@ -455,9 +459,27 @@ impl Export {
         if fences {
             self.fenced.push((waiter, false));
         } else {
-            self.change(waiter.holder, |bits| bits.union(waiter.want));
+            self.grant(waiter);
         }
         !fences
+    }
+
+    /// A BEGIN of an importer that reads has its bits for good only when it has copied.
+    fn grant(&mut self, Waiter { holder, want, .. }: Waiter) {
+        if want.read && matches!(holder, Holder::Attachment(_)) {
+            self.copying.push((holder, want));
+        } else {
+            self.change(holder, |bits| bits.union(want));
+        }
+    }
+
+    /// A BEGIN has copied, or failed to. Whoever left meanwhile has no bits that it could keep.
+    fn copied(&mut self, holder: Holder, want: Access, ok: bool) -> Vec<Done> {
+        let place = self.copying.iter().position(|one| *one == (holder, want));
+        if place.map(|place| self.copying.remove(place)).is_some() && ok {
+            self.change(holder, |bits| bits.union(want));
+        }
+        if ok { Vec::new() } else { self.serve() }
     }
 
     /// Serves the queue from its head. A WRITE that has to wait holds back who holds nothing.
@@ -503,6 +525,7 @@ impl Export {
         self.points.retain(|(waiter, ..)| stays(waiter, true));
         self.release.retain(|(holder, _)| !leaves(*holder));
         self.bits.retain(|(holder, _)| !leaves(*holder));
+        self.copying.retain(|(holder, _)| !leaves(*holder));
         done.extend(self.serve());
         done
     }
@@ -1326,6 +1349,7 @@ impl World {
             offered: false,
             bits: Vec::new(),
             queue: Vec::new(),
+            copying: Vec::new(),
             fenced: Vec::new(),
             fences: false,
             acquire: (0, Status::Ok),
@@ -1594,9 +1618,11 @@ impl World {
     fn copied(&mut self, at: usize, ok: bool, done: &mut Vec<Done>) {
         let (ticket, index, holder, bits, begins) = self.copies.remove(at);
         let generation = self.registry.finish_copy(ticket, ok);
-        if ok && !begins {
+        if begins {
+            done.extend(self.exports[index].copied(holder, bits, ok));
+        } else if ok {
             self.complete(index, holder, bits, done);
-        } else if !ok {
+        } else {
             let export = &mut self.exports[index];
             export.change(holder, |set| set.minus(bits));
             done.extend(export.serve());
@@ -1732,7 +1758,7 @@ impl World {
         let Some((waiter, _)) = place.map(|place| export.fenced.remove(place)) else { return };
         done.push((waiter.origin, status));
         if status == Status::Ok {
-            export.change(waiter.holder, |bits| bits.union(waiter.want));
+            export.grant(waiter);
         } else {
             done.extend(export.serve());
         }
@@ -1753,11 +1779,12 @@ impl World {
             Err(status) => {
                 assert_eq!(status, Status::Revoked);
                 assert!(held.revoked || !self.has_content(index));
-                let export = &mut self.exports[index];
-                export.change(holder, |set| set.minus(sync.bits));
-                done.extend(export.serve());
+                done.extend(self.exports[index].copied(holder, sync.bits, false));
             }
-            Ok(None) => assert!(!sync.bits.read || touched == 0),
+            Ok(None) => {
+                assert!(!sync.bits.read || touched == 0);
+                self.exports[index].copied(holder, sync.bits, true);
+            }
             Ok(Some((ticket, copy))) => {
                 assert!(self.has_content(index), "who read what nobody has");
                 assert_eq!(copy.moves.len(), touched);

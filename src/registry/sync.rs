@@ -1,7 +1,7 @@
 //! Who reads and who writes one buffer: advisory CPU access, first come, first served
 //! (spec "Synchronisation"). Pure.
 //!
-//! It knows holders and their bits, not what they are, nor bytes, clocks or rings.
+//! It knows holders and their bits, not bytes, clocks or rings.
 
 use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
@@ -62,7 +62,8 @@ struct Fenced {
 struct Held {
     /// Until END.
     set: Access,
-    /// BEGINs in front of fences that read, and write: each becomes set, or goes without a trace.
+    /// BEGINs in front of fences or of their copy that read, and write: each becomes set, or goes without
+    /// a trace.
     reading: usize,
     writing: usize,
 }
@@ -71,6 +72,11 @@ impl Held {
     fn bits(self) -> Access {
         self.set.union(Access { read: self.reading > 0, write: self.writing > 0 })
     }
+}
+
+/// Whether what is read has to be copied to the holder's own memory before a BEGIN is answered.
+pub fn copies(holder: Holder, want: Access) -> bool {
+    matches!(holder, Holder::Attachment(_)) && want.read
 }
 
 /// The synchronisation state of one buffer.
@@ -143,32 +149,40 @@ impl SyncState {
         held.contains(want) || (!queue_jump && !self.conflicts(holder, want))
     }
 
-    /// Sets bits; the caller has asked [`may_begin`](Self::may_begin).
-    pub fn begin(&mut self, holder: Holder, want: Access) {
-        self.change(holder, |held| held.set = held.set.union(want));
-    }
-
-    /// Gives a BEGIN its bits until [`decide`](Self::decide), which says whether it keeps them.
-    pub fn reserve(&mut self, waiter: &Waiter) {
-        self.change(waiter.holder, |held| {
-            held.reading += usize::from(waiter.want.read);
-            held.writing += usize::from(waiter.want.write);
+    /// Gives a BEGIN its bits until [`decide`](Self::decide), which says whether it keeps them. The caller
+    /// has asked [`may_begin`](Self::may_begin).
+    pub fn reserve(&mut self, holder: Holder, want: Access) {
+        self.change(holder, |held| {
+            held.reading += usize::from(want.read);
+            held.writing += usize::from(want.write);
         });
     }
 
-    fn decide(&mut self, waiter: &Waiter, keep: bool) {
-        self.change(waiter.holder, |held| {
-            held.reading -= usize::from(waiter.want.read);
-            held.writing -= usize::from(waiter.want.write);
+    fn decide(&mut self, holder: Holder, want: Access, keep: bool) {
+        // Who left while it copied has nothing to keep.
+        if !self.held.contains_key(&holder) {
+            return;
+        }
+        self.change(holder, |held| {
+            held.reading -= usize::from(want.read);
+            held.writing -= usize::from(want.write);
             if keep {
-                held.set = held.set.union(waiter.want);
+                held.set = held.set.union(want);
             }
         });
     }
 
-    /// Sets the bits that a BEGIN was given.
-    pub fn keep(&mut self, waiter: &Waiter) {
-        self.decide(waiter, true);
+    /// A BEGIN that was given its bits is granted: they are set, now or [after its copy](Self::copied).
+    pub fn grant(&mut self, holder: Holder, want: Access) {
+        if !copies(holder, want) {
+            self.decide(holder, want, true);
+        }
+    }
+
+    /// The copy of a BEGIN is over: it keeps its bits, or those are served who waited for them.
+    pub fn copied(&mut self, holder: Holder, want: Access, keep: bool) -> Ended {
+        self.decide(holder, want, keep);
+        if keep { Vec::new() } else { self.promote() }
     }
 
     /// Leaves a BEGIN, which was given its bits, in front of fences that nobody has looked at.
@@ -187,8 +201,12 @@ impl SyncState {
     pub fn fence_over(&mut self, origin: Origin, keep: bool) -> Option<(Waiter, Ended)> {
         let at = self.fenced.iter().position(|one| one.waiter.origin == origin)?;
         let Fenced { waiter, .. } = self.fenced.swap_remove(at);
-        self.decide(&waiter, keep);
-        Some((waiter, if keep { Vec::new() } else { self.promote() }))
+        if keep {
+            self.grant(waiter.holder, waiter.want);
+            return Some((waiter, Vec::new()));
+        }
+        self.decide(waiter.holder, waiter.want, false);
+        Some((waiter, self.promote()))
     }
 
     /// Queues a BEGIN that must wait.
@@ -197,10 +215,16 @@ impl SyncState {
     }
 
     /// Clears bits and returns the waiters that are served by it, in order.
-    pub fn end(&mut self, holders: impl Fn(Holder) -> bool, bits: Access) -> Ended {
+    pub fn end(&mut self, holder: Holder, bits: Access) -> Ended {
+        self.change(holder, |held| held.set = held.set.minus(bits));
+        self.promote()
+    }
+
+    /// Clears all of who is gone and waits for nothing, as [`end`](Self::end) does.
+    pub fn leave(&mut self, holders: impl Fn(Holder) -> bool) -> Ended {
         let gone: Vec<Holder> = self.held.keys().copied().filter(|who| holders(*who)).collect();
         for holder in gone {
-            self.change(holder, |held| held.set = held.set.minus(bits));
+            self.change(holder, |held| *held = Held::default());
         }
         self.promote()
     }
@@ -227,7 +251,7 @@ impl SyncState {
             self.fenced.iter().partition(|one| stays(&one.waiter, one.pending));
         self.fenced = kept;
         for one in gone {
-            self.decide(&one.waiter, false);
+            self.decide(one.waiter.holder, one.waiter.want, false);
         }
         let served = if out.is_empty() { Vec::new() } else { self.promote() };
         (out, served)
@@ -244,7 +268,7 @@ impl SyncState {
                 write_waits |= waiter.want.write;
                 self.waiting.push_back(waiter);
             } else {
-                self.reserve(&waiter);
+                self.reserve(waiter.holder, waiter.want);
                 served.push((waiter, Status::Ok));
             }
         }
@@ -271,6 +295,11 @@ mod tests {
         }
     }
 
+    fn give(sync: &mut SyncState, holder: Holder, want: Access) {
+        sync.reserve(holder, want);
+        sync.grant(holder, want);
+    }
+
     fn who(ended: &[(Waiter, Status)]) -> Vec<Holder> {
         ended.iter().map(|(waiter, _)| waiter.holder).collect()
     }
@@ -278,31 +307,31 @@ mod tests {
     #[test]
     fn readers_share_and_a_writer_is_alone() {
         let mut sync = SyncState::default();
-        sync.begin(A, Access::READ);
+        give(&mut sync, A, Access::READ);
         assert!(sync.may_begin(B, Access::READ));
         assert!(!sync.may_begin(B, Access::WRITE));
         assert!(sync.may_begin(A, Access::WRITE), "a lone reader may upgrade");
-        sync.begin(A, Access::WRITE);
+        give(&mut sync, A, Access::WRITE);
         assert!(!sync.may_begin(B, Access::READ));
     }
 
     #[test]
     fn a_waiting_writer_holds_back_later_readers() {
         let mut sync = SyncState::default();
-        sync.begin(A, Access::READ);
+        give(&mut sync, A, Access::READ);
         sync.wait(waiter(B, Access::WRITE));
         assert!(!sync.may_begin(C, Access::READ));
         sync.wait(waiter(C, Access::READ));
-        let served = sync.end(|who| who == A, Access::READ);
+        let served = sync.end(A, Access::READ);
         assert_eq!(who(&served), [B]);
-        sync.keep(&served[0].0);
-        assert_eq!(who(&sync.end(|who| who == B, Access::ALL)), [C]);
+        sync.grant(B, Access::WRITE);
+        assert_eq!(who(&sync.end(B, Access::ALL)), [C]);
     }
 
     #[test]
     fn bits_already_held_are_never_waited_for() {
         let mut sync = SyncState::default();
-        sync.begin(A, Access::WRITE);
+        give(&mut sync, A, Access::WRITE);
         sync.wait(waiter(B, Access::WRITE));
         assert!(sync.may_begin(A, Access::WRITE));
     }
@@ -310,7 +339,7 @@ mod tests {
     #[test]
     fn cancelling_the_writer_serves_the_readers_behind_it() {
         let mut sync = SyncState::default();
-        sync.begin(A, Access::READ);
+        give(&mut sync, A, Access::READ);
         sync.wait(waiter(B, Access::WRITE));
         sync.wait(waiter(C, Access::READ));
         let (out, served) = sync.cancel(|waiter| (waiter.holder == B).then_some(Status::Canceled));
@@ -320,16 +349,16 @@ mod tests {
     #[test]
     fn who_waits_for_fences_leaves_no_trace_if_that_fails() {
         let mut sync = SyncState::default();
-        sync.begin(A, Access::READ);
+        give(&mut sync, A, Access::READ);
         let origin = |n| Origin::Vm(crate::ids::PeerId(2), n);
         let fenced = |want, n| Waiter { origin: origin(n), ..waiter(A, want) };
         for one in [fenced(Access::ALL, 1), fenced(Access::WRITE, 2)] {
-            sync.reserve(&one);
+            sync.reserve(A, one.want);
             sync.fence(one);
         }
         sync.wait(waiter(B, Access::READ));
         assert_eq!(sync.held_by(A), Access::ALL);
-        assert!(sync.end(|who| who == A, Access::READ).is_empty(), "the others still have it");
+        assert!(sync.end(A, Access::READ).is_empty(), "the others still have it");
         assert_eq!(sync.next_due(), Some(Duration::ZERO));
         let (_, served) = sync.fence_over(origin(1), false).unwrap();
         assert!(served.is_empty(), "who writes is still there");
@@ -344,7 +373,7 @@ mod tests {
     fn time_runs_once_fences_are_known_to_be_pending() {
         let mut sync = SyncState::default();
         let one = waiter(A, Access::READ);
-        sync.reserve(&one);
+        sync.reserve(A, one.want);
         sync.fence(one);
         assert_eq!((sync.next_due(), sync.expire(Duration::MAX).0), (None, vec![]));
         assert!(sync.fence_pending(one.origin));
@@ -356,7 +385,7 @@ mod tests {
     #[test]
     fn end_without_begin_changes_nothing() {
         let mut sync = SyncState::default();
-        assert!(sync.end(|who| who == A, Access::ALL).is_empty());
+        assert!(sync.end(A, Access::ALL).is_empty());
         assert!(sync.is_idle());
     }
 }

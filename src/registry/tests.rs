@@ -699,13 +699,9 @@ mod leases {
         w.grant(export);
         for _ in 0..2000 {
             let lease = w.try_acquire(ANNE, export, READ).unwrap();
-            w.registry
-                .buffers
-                .values_mut()
-                .next()
-                .unwrap()
-                .sync()
-                .begin(Holder::Lease(lease), READ);
+            let sync = w.registry.buffers.values_mut().next().unwrap().sync();
+            sync.reserve(Holder::Lease(lease), READ);
+            sync.grant(Holder::Lease(lease), READ);
         }
         w.release(export, true);
         w.registry.client_gone(ANNE);

@@ -4,6 +4,7 @@
 //! It does not know how bytes are copied: until `finish_copy` somebody else copies them.
 
 use super::access::check;
+use super::sync::copies;
 use super::{Buffer, Ended, Holder, Mapping, Phase, Registry, SyncRequest};
 use crate::ids::{Access, BufferKey, ClientId, HandleId, SessionId};
 use crate::protocol::{Mode, Status};
@@ -74,20 +75,27 @@ impl<H: Clone> Registry<H> {
         request: &SyncRequest,
     ) -> Result<Option<(CopyTicket, Copy<H>)>, Status> {
         let (key, holder, allowed) = self.holder(session, handle)?;
-        if holder == Holder::Exporter || !request.bits.read {
+        if !copies(holder, request.bits) {
             return Ok(None);
         }
-        let buffer = self.buffers.get(&key).ok_or(Status::Revoked)?;
-        let len = check(buffer, allowed, request)?;
-        let content = buffer.backing.clone().filter(|_| buffer.has_content_for(holder));
-        let Some(content) = content else {
-            self.clear(key, |who| who == holder, request.bits);
-            return Err(Status::Revoked);
+        let judge = |buffer: &Buffer<H>| {
+            let len = check(buffer, allowed, request)?;
+            let content = buffer.backing.clone().filter(|_| buffer.has_content_for(holder));
+            Ok((len, content.ok_or(Status::Revoked)?))
+        };
+        let judged = self.buffers.get(&key).ok_or(Status::Revoked).and_then(judge);
+        let (len, content) = match judged {
+            Ok(judged) => judged,
+            Err(status) => {
+                self.change_bits(key, |sync| sync.copied(holder, request.bits, false));
+                return Err(status);
+            }
         };
         let moves = self.moves(session, handle, (request.offset, len), |mapping| {
             mapping.access.read.then(|| (content.clone(), View::Content))
         });
         if moves.is_empty() {
+            self.change_bits(key, |sync| sync.copied(holder, request.bits, true));
             return Ok(None);
         }
         if let Some(buffer) = self.buffers.get_mut(&key) {
@@ -171,15 +179,16 @@ impl<H: Clone> Registry<H> {
         Ended::Copy(CopyTicket { key, holder, writer, bits, begins: false }, copy)
     }
 
-    /// Completes a BEGIN or END after its copy; where the copy failed the bits are cleared and the
-    /// generation stays. Returns the generation.
+    /// Completes a BEGIN or END after its copy. Where the copy failed the generation stays, and a BEGIN
+    /// leaves the bits as they were before it; END clears them. Returns the generation.
     pub fn finish_copy(&mut self, ticket: CopyTicket, copied: bool) -> u64 {
         let CopyTicket { key, holder, writer, bits, begins } = ticket;
         let now = |buffer: Option<&Buffer<H>>| buffer.map_or(0, |buffer| buffer.generation);
-        let generation = if !copied {
-            self.clear(key, |who| who == holder, bits);
+        let generation = if begins {
+            self.change_bits(key, |sync| sync.copied(holder, bits, copied));
             now(self.buffers.get(&key))
-        } else if begins {
+        } else if !copied {
+            self.clear(key, holder, bits);
             now(self.buffers.get(&key))
         } else {
             self.complete(key, holder, writer, bits)
