@@ -1,6 +1,6 @@
 //! Small lives, each made for one thing that the large ones of `scripts` hardly ever meet.
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -34,6 +34,8 @@ const IMPORTER: u32 = 3;
 #[derive(Default)]
 pub struct Case {
     outside: Mutex<Option<Arc<Outside>>>,
+    /// The importer has what it was offered.
+    attached: AtomicBool,
 }
 
 fn some_steps(most: u32) {
@@ -288,9 +290,12 @@ pub fn views(client: &Client) {
 }
 
 /// An exporter whose importer sees the buffer in its window, until it may not any more.
-pub fn lends(guest: &mut Guest) {
+pub fn lends(guest: &mut Guest, case: &Case) {
     let handle = export(guest, &[IMPORTER]);
-    told(guest, Opcode::EvtBusy);
+    // BUSY may not be told: the importer may be gone again before that.
+    while !case.attached.load(Ordering::SeqCst) {
+        guest.bell().pause(Duration::from_millis(1));
+    }
     some_steps(200);
     match thread_rng().gen_range(0..6) {
         0 => guest.disconnect(),
@@ -318,8 +323,9 @@ fn take_back(guest: &mut Guest, handle: u64, flags: u16) {
 }
 
 /// An importer that maps it here and there, and whose VM may be paused, reset or started anew meanwhile.
-pub fn looks(guest: &mut Guest) {
+pub fn looks(guest: &mut Guest, case: &Case) {
     let handle = attach(guest);
+    case.attached.store(true, Ordering::SeqCst);
     let mut mappings = Vec::new();
     for _ in 0..thread_rng().gen_range(1..4) {
         // Two at once, at the same place or not.

@@ -119,8 +119,8 @@ fn schedule(end: End) {
                     (End::Fences, false) => cases::gives_up(guest, &case),
                     (End::Points, true) => cases::draws(guest),
                     (End::Points, false) => cases::shows(guest),
-                    (End::Window, true) => cases::lends(guest),
-                    (End::Window, false) => cases::looks(guest),
+                    (End::Window, true) => cases::lends(guest, &case),
+                    (End::Window, false) => cases::looks(guest, &case),
                     (_, true) => scripts::export(guest, &shared),
                     (_, false) => scripts::import(guest, &shared),
                 }
