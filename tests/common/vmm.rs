@@ -6,7 +6,8 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::Write;
+use std::io::{self, IoSliceMut, Write};
+use std::mem::MaybeUninit;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -14,12 +15,25 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use bufshare::protocol::SHM_WINDOW;
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use vhost::vhost_user::Frontend;
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
 use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
-use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::memory::Memory;
+
+/// What comes, and the descriptor with it, which no daemon inherits that another test starts meanwhile.
+fn receive(channel: &UnixStream, bytes: &mut [u8]) -> io::Result<(usize, Option<File>)> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let mut parts = [IoSliceMut::new(bytes)];
+    let got = recvmsg(channel, &mut parts, &mut control, RecvFlags::CMSG_CLOEXEC)?;
+    let file = control.drain().find_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(mut files) => files.next().map(File::from),
+        _ => None,
+    });
+    Ok((got.bytes, file))
+}
 
 /// Where the guest sees the window.
 pub const WINDOW: u64 = 0x80_0000_0000;
@@ -254,7 +268,7 @@ impl Vmm {
 
     fn serve(&self, mut channel: &UnixStream) -> Option<()> {
         let mut header = [0; 12];
-        let (got, file) = channel.recv_with_fd(&mut header).ok()?;
+        let (got, file) = receive(channel, &mut header).ok()?;
         let word = |bytes: &[u8], at: usize| {
             u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes"))
         };
